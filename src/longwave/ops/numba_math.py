@@ -1,0 +1,157 @@
+"""Elementary functions for Numba kernels that LLVM can vectorise: exp2, exp, sigmoid, silu, softplus.
+
+float32 gets branch-free polynomials (relative error about 1e-7; results below about 1e-38 become 0). Anything
+else gets the exact functions of libm. NaN comes out as NaN in both. They mean the same under `FASTMATH`, which
+kernels use: it leaves out "nnan" and "ninf".
+
+LLVM vectorises a loop that calls them when the loop is innermost and runs over contiguous memory.
+"""
+
+import math
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic, overload
+
+FASTMATH = {"contract", "nsz", "arcp", "reassoc"}
+# Division as numpy has it: Python's check for a zero divisor is a branch, which stops vectorisation. A kernel that
+# divides needs the same option.
+_DIVISION = {"error_model": "numpy"}
+
+# 2^(1+f) on [-1/2, 1/2]: minimax in relative error (2e-9) among polynomials that are exact at 0, so that a decay
+# near 1 is not biased: an error there grows with the length of the memory.
+_EXP2 = (
+    2.0,
+    1.3862943649291992,
+    0.4804529547691345,
+    0.11100664734840393,
+    0.01923687383532524,
+    0.0026797750033438206,
+)
+_EXP2 += (0.0003070672391913831,)
+_LOG2E = 1.4426950408889634
+_LOG2E_HIGH = float(np.float32(_LOG2E))
+_LOG2E_LOW = _LOG2E - _LOG2E_HIGH
+# Adding this to t leaves round(t) + 126 in the low bits of the sum.
+_ROUND = 1.5 * 2**23 + 126
+_ROUND_BITS = int(np.float32(_ROUND).view(np.int32))
+# 2 atanh(r) / r in powers of r^2 for r in [0, 1/3]: minimax, relative error 4e-9.
+_ATANH = (2.0, 0.6666631698608398, 0.40024909377098083, 0.27960601449012756, 0.2817833721637726)
+
+_f32 = ir.FloatType()
+_i32 = ir.IntType(32)
+
+
+def _const(value: float) -> ir.Constant:
+    return ir.Constant(_f32, float(np.float32(value)))
+
+
+def _fma(builder: Any, a: Any, b: Any, c: Any) -> Any:
+    """a*b + c, in one rounding where the machine can. A call, so that LLVM does not reorder the terms."""
+    function = builder.module.declare_intrinsic("llvm.fmuladd", [_f32], ir.FunctionType(_f32, [_f32] * 3))
+    return builder.call(function, [a, b, c])
+
+
+def _exp2_float32(builder: Any, x: Any, factor: tuple[float, float]) -> Any:
+    """2^(x * (factor[0] + factor[1])) = 2^(n-1) * 2^(1+f), where n is the nearest integer and f the rest."""
+    high, low = (_const(part) for part in factor)
+    bound_low, bound_high = _const(-126.3 / factor[0]), _const(129.0 / factor[0])
+    # A NaN compares false and so stays.
+    x = builder.select(builder.fcmp_ordered("<", x, bound_low), bound_low, x)
+    x = builder.select(builder.fcmp_ordered(">", x, bound_high), bound_high, x)
+
+    bits = builder.bitcast(_fma(builder, x, high, _const(_ROUND)), _i32)
+    n = builder.sitofp(builder.sub(bits, ir.Constant(_i32, _ROUND_BITS)), _f32)
+    f = _fma(builder, x, high, builder.fneg(n))
+    if factor[1]:
+        f = _fma(builder, x, low, f)
+    result = _const(_EXP2[-1])
+    for coefficient in reversed(_EXP2[:-1]):
+        result = _fma(builder, result, f, _const(coefficient))
+    scale = builder.bitcast(builder.shl(bits, ir.Constant(_i32, 23)), _f32)  # 2^(n-1), or 0 for n = -126
+    return builder.fmul(result, scale)
+
+
+@intrinsic
+def _exp2_intrinsic(typingctx, x):
+    return types.float32(types.float32), lambda ctx, builder, sig, args: _exp2_float32(
+        builder, args[0], (1.0, 0.0)
+    )
+
+
+@intrinsic
+def _exp_intrinsic(typingctx, x):
+    factor = (_LOG2E_HIGH, _LOG2E_LOW)
+    return types.float32(types.float32), lambda ctx, builder, sig, args: _exp2_float32(
+        builder, args[0], factor
+    )
+
+
+def exp2(x):
+    """2^x."""
+    return math.exp2(x)
+
+
+def exp(x):
+    """e^x."""
+    return math.exp(x)
+
+
+def sigmoid(x):
+    """1 / (1 + e^-x)."""
+    return type(x)(1) / (type(x)(1) + exp(-x))
+
+
+def silu(x):
+    """x / (1 + e^-x)."""
+    return x * sigmoid(x)
+
+
+def softplus(x):
+    """log(1 + e^x), and x above 20, as torch has it."""
+    return x if x > 20 else math.log1p(math.exp(x))
+
+
+@overload(exp2)
+def _exp2(x):
+    if x == types.float32:
+        return lambda x: _exp2_intrinsic(x)  # pyright: ignore[reportCallIssue]
+    return lambda x: np.exp2(x)
+
+
+@overload(exp)
+def _exp(x):
+    if x == types.float32:
+        return lambda x: _exp_intrinsic(x)  # pyright: ignore[reportCallIssue]
+    return lambda x: np.exp(x)
+
+
+@overload(sigmoid, jit_options=_DIVISION)
+def _sigmoid(x):
+    one = np.float32(1) if x == types.float32 else 1.0
+    return lambda x: one / (one + exp(-x))
+
+
+@overload(silu, jit_options=_DIVISION)
+def _silu(x):
+    return lambda x: x * sigmoid(x)
+
+
+@overload(softplus, jit_options=_DIVISION)
+def _softplus(x):
+    if x != types.float32:
+        return lambda x: x if x > 20.0 else np.log1p(np.exp(x))
+    zero, two = np.float32(0), np.float32(2)
+    c0, c1, c2, c3, c4 = (np.float32(c) for c in _ATANH)
+
+    def softplus_float32(x):
+        # max(x, 0) + log1p(u) with u = e^-|x|, and log1p(u) = 2 atanh(u / (2 + u)). A NaN comes in through u.
+        positive = x if x > zero else zero
+        u = exp(-x if x > zero else x)
+        r = u / (two + u)
+        s = r * r
+        return positive + r * (c0 + s * (c1 + s * (c2 + s * (c3 + s * c4))))
+
+    return softplus_float32
