@@ -4,7 +4,11 @@ from collections.abc import Callable
 from typing import Any
 
 from longwave.ops.causal_conv1d import causal_conv1d
+from longwave.ops.gated_rms_norm import gated_rms_norm
+from longwave.ops.ssd import ssd
 
 OPS: dict[str, Callable[..., Any]] = {
     "causal_conv1d": causal_conv1d,
+    "gated_rms_norm": gated_rms_norm,
+    "ssd": ssd,
 }

@@ -1,0 +1,62 @@
+"""The definition, one token after the other: Dao and Gu, 2024, arXiv:2405.21060, equation 1 with scalar A.
+
+h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T
+y_t = h_t C_t + D x_t
+"""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import softplus
+
+from longwave.ops.checks import state_dtype
+
+
+def ssd(
+    x: Tensor,  # (b, l, h, p)
+    dt: Tensor,  # (b, l, h)
+    A: Tensor,  # (h,)
+    B: Tensor,  # (b, l, g, n)
+    C: Tensor,  # (b, l, g, n)
+    D: Tensor | None,  # (h,) or (h, p)
+    dt_bias: Tensor | None,  # (h,)
+    dt_softplus: bool,
+    dt_limit: tuple[float, float],
+    initial_state: Tensor | None,  # (b, h, p, n)
+    reset: Tensor | None,  # (b, l)
+    lengths: Tensor | None,  # (b,)
+) -> tuple[Tensor, Tensor]:
+    b, l, h, p = x.shape  # noqa: E741
+    g, n = B.shape[2:]
+    dtype = state_dtype(x.dtype)
+    dt = step_sizes(dt.to(dtype), dt_bias, dt_softplus, dt_limit)
+    xs, A = x.to(dtype), A.to(dtype)
+    B = B.to(dtype).repeat_interleave(h // g, dim=2)  # (b, l, h, n)
+    C = C.to(dtype).repeat_interleave(h // g, dim=2)
+    state = xs.new_zeros(b, h, p, n) if initial_state is None else initial_state.to(dtype)
+
+    ys = []
+    for t in range(l):
+        before = state if reset is None else torch.where(reset[:, t, None, None, None], 0.0, state)
+        decay = torch.exp(dt[:, t] * A)[..., None, None]
+        after = decay * before + (dt[:, t, :, None] * xs[:, t])[..., None] * B[:, t, :, None]  # (b, h, p, n)
+        y = (after @ C[:, t, :, :, None]).squeeze(-1)  # (b, h, p)
+        if D is not None:
+            y = y + D.to(dtype).reshape(h, -1) * xs[:, t]
+        if lengths is not None:
+            valid = t < lengths
+            after = torch.where(valid[:, None, None, None], after, state)
+            y = torch.where(valid[:, None, None], y, 0.0)
+        state = after
+        ys.append(y)
+    return torch.stack(ys, dim=1).to(x.dtype), state
+
+
+def step_sizes(
+    dt: Tensor, dt_bias: Tensor | None, dt_softplus: bool, dt_limit: tuple[float, float]
+) -> Tensor:
+    """clamp(softplus(dt + dt_bias), dt_limit), in dt's dtype."""
+    if dt_bias is not None:
+        dt = dt + dt_bias.to(dt.dtype)
+    if dt_softplus:
+        dt = softplus(dt)
+    return dt.clamp(*dt_limit)
