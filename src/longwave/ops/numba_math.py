@@ -1,36 +1,30 @@
 """Elementary functions for Numba kernels that LLVM can vectorise: exp2, exp, sigmoid, silu, softplus.
 
-float32 gets branch-free polynomials (relative error about 1e-7; results below about 1e-38 become 0). Anything
-else gets the exact functions of libm. NaN comes out as NaN in both. They mean the same under `FASTMATH`, which
-kernels use: it leaves out "nnan" and "ninf".
+float32 gets branch-free polynomials (relative error about 1e-7; results below about 1e-38 become 0).
+Anything else gets the exact functions of libm. NaN comes out as NaN in both.
 
-LLVM vectorises a loop that calls them when the loop is innermost and runs over contiguous memory.
+LLVM vectorises a loop that calls them when it is innermost and runs over contiguous memory, in functions
+compiled with `jit`.
 """
 
 import math
 from typing import Any
 
+import numba
 import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic, overload
 
+# Without "nnan" and "ninf": NaN and infinity keep their meaning.
 FASTMATH = {"contract", "nsz", "arcp", "reassoc"}
-# Division as numpy has it: Python's check for a zero divisor is a branch, which stops vectorisation. A kernel that
-# divides needs the same option.
-_DIVISION = {"error_model": "numpy"}
+# Division as numpy has it: Python's check for a zero divisor is a branch, which stops vectorisation.
+_OPTIONS: Any = {"fastmath": FASTMATH, "error_model": "numpy"}
+jit = numba.njit(nogil=True, cache=True, **_OPTIONS)
 
-# 2^(1+f) on [-1/2, 1/2]: minimax in relative error (2e-9) among polynomials that are exact at 0, so that a decay
+# 2^(1+f) on [-1/2, 1/2]: minimax in relative error (2e-9) among polynomials exact at 0, so that a decay
 # near 1 is not biased: an error there grows with the length of the memory.
-_EXP2 = (
-    2.0,
-    1.3862943649291992,
-    0.4804529547691345,
-    0.11100664734840393,
-    0.01923687383532524,
-    0.0026797750033438206,
-)
-_EXP2 += (0.0003070672391913831,)
+_EXP2 = (2.0, 1.386294365, 0.4804529548, 0.1110066473, 0.01923687384, 0.002679775003, 0.0003070672392)
 _LOG2E = 1.4426950408889634
 _LOG2E_HIGH = float(np.float32(_LOG2E))
 _LOG2E_LOW = _LOG2E - _LOG2E_HIGH
@@ -128,18 +122,18 @@ def _exp(x):
     return lambda x: np.exp(x)
 
 
-@overload(sigmoid, jit_options=_DIVISION)
+@overload(sigmoid, jit_options=_OPTIONS)
 def _sigmoid(x):
     one = np.float32(1) if x == types.float32 else 1.0
     return lambda x: one / (one + exp(-x))
 
 
-@overload(silu, jit_options=_DIVISION)
+@overload(silu, jit_options=_OPTIONS)
 def _silu(x):
     return lambda x: x * sigmoid(x)
 
 
-@overload(softplus, jit_options=_DIVISION)
+@overload(softplus, jit_options=_OPTIONS)
 def _softplus(x):
     if x != types.float32:
         return lambda x: x if x > 20.0 else np.log1p(np.exp(x))
