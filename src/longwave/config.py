@@ -36,8 +36,8 @@ def to_dict(config: Any) -> Any:
 def from_dict(cls: type, data: Any, kinds: Mapping[str, type] | None = None, where: str = "") -> Any:
     """Build `cls` (a configuration class) from JSON values.
 
-    `kinds` maps the `kind` of a nested layer to its configuration class. Raises UsageError on an unknown key, an unknown
-    kind or a missing value, naming the place and the nearest known word.
+    `kinds` maps the `kind` of a nested layer to its configuration class. Raises UsageError on an unknown key, an
+    unknown kind or a missing value, naming the place and the nearest known word.
     """
     where = where or cls.__qualname__
     if not isinstance(data, Mapping):

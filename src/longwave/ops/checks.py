@@ -1,4 +1,4 @@
-"""Argument checks shared by the operators. Each error names the operator, the argument, what it got and what it needs."""
+"""Argument checks shared by the operators. Errors name the operator, the argument, what it got and what it needs."""
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ def check_shape(op: str, name: str, tensor: Tensor | None, shape: tuple[int, ...
         raise ValueError(f"{op}: {name} must be {axes} = {shape}, got {tuple(tensor.shape)}")
 
 
-def check_documents(op: str, reset: Tensor | None, lengths: Tensor | None, b: int, l: int) -> None:  # noqa: E741
+def check_documents(op: str, reset: Tensor | None, lengths: Tensor | None, b: int, l: int) -> None:
     """Check `reset` (b, l) bool and `lengths` (b,) int64. Values of lengths are the caller's promise (0..l)."""
     check_shape(op, "reset", reset, (b, l), "(b, l)")
     check_shape(op, "lengths", lengths, (b,), "(b,)")

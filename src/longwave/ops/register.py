@@ -60,4 +60,7 @@ def use_kernel(op: str, impl: str, device: torch.device) -> bool:
 
 @functools.cache
 def _say_once(device: str) -> None:
-    warnings.warn(f"longwave has no kernels for {device!r} yet: the reference runs there, correct but slow", stacklevel=4)
+    warnings.warn(
+        f"longwave has no kernels for {device!r} yet: the reference runs there, correct but slow",
+        stacklevel=4,
+    )

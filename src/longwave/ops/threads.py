@@ -51,6 +51,4 @@ def _after_fork() -> None:
     _pool, _pool_size, _lock = None, 0, threading.Lock()
 
 
-
-
 os.register_at_fork(after_in_child=_after_fork)

@@ -23,14 +23,14 @@ def causal_conv1d(
 
         y_t = f(bias + sum_{k<w} weight[:, k] * x_{t-(w-1)+k})
 
-    x (b, l, e); weight (e, w); bias (e,) or None; activation None or "silu". `initial_state` (b, w-1, e) holds the inputs
-    before x, zeros if None. `reset` (b, l) bool: True starts a document; it sees no earlier input. `lengths` (b,) int64:
-    tokens from lengths[i] on leave row i's state alone and give y = 0.
+    x (b, l, e); weight (e, w); bias (e,) or None; activation None or "silu". `initial_state` (b, w-1, e) holds the
+    inputs before x, zeros if None. `reset` (b, l) bool: True starts a document; it sees no earlier input. `lengths`
+    (b,) int64: tokens from lengths[i] on leave row i's state alone and give y = 0.
 
     Returns y (b, l, e) in x's dtype and the final window (b, w-1, e) in x's dtype, both differentiable. Accumulates in
     float32 (float64 for float64). Raises ValueError or TypeError for shapes and dtypes that do not fit.
     """
-    b, l, e = x.shape  # noqa: E741
+    b, l, e = x.shape
     _check(weight, bias, activation, e)
     check_shape("causal_conv1d", "initial_state", initial_state, (b, weight.shape[1] - 1, e), "(b, w-1, e)")
     check_documents("causal_conv1d", reset, lengths, b, l)
@@ -67,8 +67,13 @@ def _fake_forward(x, weight, bias, silu, initial_state, reset, lengths):
 
 
 def _fake_backward(dy, dfinal, x, weight, bias, silu, initial_state, reset, lengths):
-    b, l, e = x.shape  # noqa: E741
-    return x.new_empty(b, l, e), weight.new_empty(weight.shape), weight.new_empty(e), x.new_empty(b, weight.shape[1] - 1, e)
+    b, l, e = x.shape
+    return (
+        x.new_empty(b, l, e),
+        weight.new_empty(weight.shape),
+        weight.new_empty(e),
+        x.new_empty(b, weight.shape[1] - 1, e),
+    )
 
 
 _forward = define(
@@ -100,9 +105,7 @@ class _CausalConv1d(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy, dfinal):  # pyright: ignore[reportIncompatibleMethodOverride]
         x, weight, bias, initial_state, reset, lengths = ctx.saved_tensors
-        dx, dweight, dbias, dinitial = _backward(
-            dy, dfinal, x, weight, bias, ctx.silu, initial_state, reset, lengths
-        )
+        dx, dweight, dbias, dinitial = _backward(dy, dfinal, x, weight, bias, ctx.silu, initial_state, reset, lengths)
         return (
             dx,
             dweight,

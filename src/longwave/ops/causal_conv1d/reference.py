@@ -1,4 +1,4 @@
-"""The definition: y_t = f(bias + sum_k weight[:, k] * x_{t - (w-1) + k}), where inputs of earlier documents count as zero."""
+"""The definition: y_t = f(bias + sum_k weight[:, k] * x_{t-(w-1)+k}); inputs of earlier documents count as zero."""
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ def causal_conv1d(
     reset: Tensor | None,  # (b, l)
     lengths: Tensor | None,  # (b,)
 ) -> tuple[Tensor, Tensor]:
-    b, l, e = x.shape  # noqa: E741
+    b, l, e = x.shape
     w = weight.shape[1]
     dtype = state_dtype(x.dtype)
     window = x.new_zeros(b, w - 1, e) if initial_state is None else initial_state.to(x.dtype)

@@ -15,7 +15,7 @@ SHAPES: tuple[dict[str, Any], ...] = (
 
 def make(shape: dict[str, Any], dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> dict[str, Any]:
     g = torch.Generator().manual_seed(seed)
-    b, l, e, w = (shape[key] for key in "blew")  # noqa: E741
+    b, l, e, w = (shape[key] for key in "blew")
     return {
         "x": torch.randn(b, l, e, generator=g).to(device, dtype),
         "weight": (torch.randn(e, w, generator=g) / w**0.5).to(device, dtype),
