@@ -1,0 +1,3 @@
+from longwave.cli import main
+
+main()

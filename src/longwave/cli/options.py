@@ -1,0 +1,66 @@
+"""What the verbs share: how an app is made, and configuration dataclasses as options."""
+
+import ast
+import dataclasses
+import inspect
+import json
+import textwrap
+import typing
+from typing import Annotated, Any
+
+from cyclopts import App, Parameter
+
+
+def make_app(verb: str, examples: tuple[str, ...]) -> App:
+    """The cyclopts app of a verb; its help ends with `examples`."""
+    epilogue = "Examples:\n\n" + "\n\n".join(f"    {line}" for line in examples)
+    return App(
+        name=f"longwave {verb}",
+        help_epilogue=epilogue,
+        version_flags=[],
+        result_action="return_value",
+        help_on_error=False,
+    )
+
+
+def options_of(config: type, *, without: tuple[str, ...] = ()) -> type:
+    """A dataclass with the fields of `config`, but for those `without`, for use as a parameter of a verb.
+
+    Its `chosen(options)` below gives them back as keywords. Help texts are the strings that follow the fields.
+    """
+    hints = typing.get_type_hints(config)
+    docs = _field_docs(config)
+    fields = [
+        (f.name, Annotated[hints[f.name], Parameter(help=docs.get(f.name))], _default(f))
+        for f in dataclasses.fields(config)
+        if f.name not in without
+    ]
+    return dataclasses.make_dataclass(config.__qualname__.split(".")[0] + "Options", fields, frozen=True, kw_only=True)
+
+
+def chosen(options: Any) -> dict[str, Any]:
+    """The options as keywords for the configuration they came from."""
+    return {f.name: getattr(options, f.name) for f in dataclasses.fields(options)}
+
+
+def print_json(value: Any) -> None:
+    """One line of JSON, for programs."""
+    print(json.dumps(value), flush=True)
+
+
+def _default(field: dataclasses.Field) -> Any:
+    if field.default_factory is not dataclasses.MISSING:
+        return dataclasses.field(default_factory=field.default_factory)
+    return dataclasses.field(default=field.default) if field.default is not dataclasses.MISSING else dataclasses.field()
+
+
+def _field_docs(config: type) -> dict[str, str]:
+    """The string literal that follows each field in the source of `config`."""
+    body = ast.parse(textwrap.dedent(inspect.getsource(config))).body[0]
+    assert isinstance(body, ast.ClassDef)
+    docs = {}
+    for field, doc in zip(body.body, body.body[1:], strict=False):
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(doc, ast.Expr):
+            if isinstance(doc.value, ast.Constant) and isinstance(doc.value.value, str):
+                docs[field.target.id] = inspect.cleandoc(doc.value.value)
+    return docs
