@@ -1,4 +1,4 @@
-"""The `longwave` command: one file per verb, imported when it is used. Alone it prints the verbs without importing torch."""
+"""The `longwave` command: one file per verb, imported when used. Alone it prints the verbs, without importing torch."""
 
 import importlib
 import os
@@ -29,7 +29,7 @@ def main() -> None:
 
 
 def run(arguments: list[str]) -> int:
-    """Run one command line and return its exit status: 0, 1 when something failed, 2 for wrong usage, 130 for Ctrl-C."""
+    """Run one command line. Exit status: 0, 1 when something failed, 2 for wrong usage, 130 for Ctrl-C."""
     debug = "--debug" in arguments
     arguments = [a for a in arguments if a != "--debug"]
     if not arguments or arguments[0] in ("-h", "--help", "help"):
