@@ -1,0 +1,19 @@
+"""Layers (b, l, d) -> (b, l, d): mixers mix along the sequence and carry a state, channel mixers treat each token alone."""
+
+from longwave.mixers.attention import Attention
+from longwave.mixers.channel import MLP, SwiGLU
+from longwave.mixers.mamba import Mamba
+from longwave.mixers.mamba2 import Mamba2
+from longwave.mixers.rnn import GRU, LSTM
+
+MIXERS: dict[str, type] = {
+    "mamba": Mamba,
+    "mamba2": Mamba2,
+    "attention": Attention,
+    "lstm": LSTM,
+    "gru": GRU,
+}
+CHANNELS: dict[str, type] = {
+    "mlp": MLP,
+    "swiglu": SwiGLU,
+}

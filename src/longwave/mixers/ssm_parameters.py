@@ -1,0 +1,56 @@
+"""The parameters that set the decay of Mamba and Mamba-2: kept in float32, left alone by weight decay, and how dt begins.
+
+They stay in float32 when their module is cast to 16 bits: the decay exp(dt A) is applied once per token: an error of 2^-9 in A or dt, which is what bfloat16 makes, is multiplied
+by every token that the state remembers.
+"""
+
+import math
+from collections.abc import Callable
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from longwave.errors import UsageError
+from longwave.ops.checks import state_dtype
+
+
+class Float32Parameters(nn.Module):
+    """A module whose parameters named in `float32_parameters` ignore `.bfloat16()` and `.half()`, and no other cast."""
+
+    float32_parameters: ClassVar[tuple[str, ...]] = ()
+
+    def mark(self) -> None:
+        """Flag them for the optimiser. A move off the meta device makes new parameters, without the flag."""
+        for name in self.float32_parameters:
+            getattr(self, name)._no_weight_decay = True
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True):
+        before = {name: getattr(self, name).detach() for name in self.float32_parameters}
+        super()._apply(fn, recurse)
+        for name, tensor in before.items():
+            after = getattr(self, name)
+            if after.dtype.itemsize < 4 <= tensor.dtype.itemsize:
+                after.data = tensor.to(after.device)
+        self.mark()
+        return self
+
+
+def float32_parameter(*shape: int) -> nn.Parameter:
+    """An empty parameter in float32, whatever torch's default dtype is, unless that is float64."""
+    return nn.Parameter(torch.empty(*shape, dtype=state_dtype(torch.get_default_dtype())))
+
+
+@torch.no_grad()
+def init_dt_bias(bias: Tensor, low: float, high: float, floor: float) -> None:
+    """Fill `bias` so that softplus(bias) is log-uniform in [low, high], but at least `floor`."""
+    dt = torch.empty_like(bias).uniform_(math.log(low), math.log(high)).exp().clamp(min=floor)
+    bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # softplus^-1(dt) = log(e^dt - 1)
+
+
+def check_dt_range(kind: str, dt_min: float, dt_max: float, dt_init_floor: float) -> None:
+    if not 0 < dt_min <= dt_max or dt_init_floor <= 0:
+        raise UsageError(
+            f"{kind}: need 0 < dt_min <= dt_max and dt_init_floor > 0, "
+            f"got dt_min={dt_min}, dt_max={dt_max}, dt_init_floor={dt_init_floor}"
+        )
