@@ -53,7 +53,7 @@ def read_pieces(
 
 
 def read_texts(paths: Iterable[str], jsonl_field: str = "text") -> Iterator[str]:
-    """The documents of files, folders and built-in texts as str, for `train_bpe`. Long ones come in pieces of about 1 MiB."""
+    """Documents of files, folders and built-in texts as str, for `train_bpe`; long ones in pieces of about 1 MiB."""
     sources = find_sources(paths)
     with ProgressLine("reading text", sum(source.size for source in sources)) as progress:
         for piece in read_pieces(sources, jsonl_field, Counter(), progress):

@@ -1,7 +1,7 @@
 """Turn ids into text one at a time, so that no piece ends in half a character."""
 
 import codecs
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import Protocol
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
@@ -40,18 +40,21 @@ class WindowStream:
     Decodes a window that begins at a point where a character was complete, at least one token back, because decoders
     treat a text's first token differently (a leading space is dropped, a word piece is not joined). Text that ends in
     U+FFFD may be a character that is still incomplete, and is held back.
+
+    The pieces add up to the decoded whole, with one exception: decoders with byte fallback (Llama's) give up a whole run
+    of byte tokens when one of them is invalid; here its valid characters before that one have been said, and stay.
     """
 
     LONGEST = 64  # tokens without a complete character at their end: garbage, which must not make each push slower
     OVERLAP = 8  # a character has 4 bytes, so decoding from 8 tokens back finds its place again
 
-    def __init__(self, decode: Callable[[list[int]], str], silent: Callable[[int], bool]):
-        """`decode` turns ids into text. `silent(id)` tells the ids that decode passes over, wherever they stand."""
-        self._decode, self._silent = decode, silent
+    def __init__(self, decode: Callable[[list[int]], str], spoken: Container[int]):
+        """`decode` turns ids into text, and passes over those that are not in `spoken`."""
+        self._decode, self._spoken = decode, spoken
         self._restart()
 
     def push(self, token: int) -> str:
-        if self._silent(token):
+        if token not in self._spoken:
             return ""
         self._window.append(token)
         text = self._decode(self._window)

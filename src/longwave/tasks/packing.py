@@ -8,8 +8,8 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -108,7 +108,13 @@ def _move(draft: Path, folder: Path) -> None:
 def _pack(draft: Path, sources: Sequence[Source], tokenizer: Tokenizer, jsonl_field: str) -> None:
     notes: Counter[str] = Counter()
     n_bytes = sum(source.size for source in sources)
-    with _Writer(draft, tokenizer) as writer, ProgressLine("tokenising", n_bytes) as progress:
+    with (
+        open(draft / "tokens.bin", "wb") as tokens,
+        open(draft / "widths.bin", "wb") as widths,
+        open(draft / "documents.bin", "wb") as documents,
+        ProgressLine("tokenising", n_bytes) as progress,
+    ):
+        writer = _Writer(tokens, widths, documents, tokenizer)
         for pieces in _batches(read_pieces(sources, jsonl_field, notes, progress)):
             encoded = tokenizer.encode_pieces([piece.data for piece in pieces])
             for piece, code in zip(pieces, encoded, strict=True):
@@ -140,12 +146,8 @@ def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
 class _Writer:
     """Writes ids, the bytes they stand for, and where documents begin."""
 
-    def __init__(self, folder: Path, tokenizer: Tokenizer):
-        self._files = ExitStack()
-        self._tokens, self._widths, self._documents = (
-            self._files.enter_context(open(folder / name, "wb"))
-            for name in ("tokens.bin", "widths.bin", "documents.bin")
-        )
+    def __init__(self, tokens: BinaryIO, widths: BinaryIO, documents: BinaryIO, tokenizer: Tokenizer):
+        self._tokens, self._widths, self._documents = tokens, widths, documents
         self._id_type, self._end = _id_type(tokenizer), tokenizer.end
         self.n_tokens = self.n_documents = 0
         self._has_widths = False
@@ -177,12 +179,6 @@ class _Writer:
         if widths is not None:
             self._has_widths = True
             self._widths.write(widths.astype(_WIDTH).tobytes())
-
-    def __enter__(self) -> "_Writer":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._files.close()
 
 
 def _id_type(tokenizer: Tokenizer) -> np.dtype:

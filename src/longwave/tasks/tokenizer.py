@@ -109,7 +109,7 @@ class FileTokenizer:
         self.end = None if self._end is None else vocab[self._end]
         self.vocab_size = max(vocab.values(), default=-1) + 1  # ids may have gaps
         added = tokenizer.get_added_tokens_decoder()
-        self._special = {i for i, token in added.items() if token.special}
+        self._spoken = set(vocab.values()) - {i for i, token in added.items() if token.special} - {self.end}
 
     @property
     def fingerprint(self) -> str:
@@ -128,18 +128,13 @@ class FileTokenizer:
         ]
 
     def decode(self, ids: Iterable[int]) -> str:
-        return self._tokenizer.decode(
-            [i for i in ids if 0 <= i < self.vocab_size and i != self.end], skip_special_tokens=True
-        )
+        return self._tokenizer.decode([i for i in ids if i in self._spoken])
 
     def stream(self) -> TextStream:
-        return WindowStream(self.decode, self._silent)
+        return WindowStream(self.decode, self._spoken)
 
     def save(self, folder: str | Path) -> None:
         _save(self._tokenizer, "file", self._end, folder)
-
-    def _silent(self, token: int) -> bool:
-        return token == self.end or token in self._special or self._tokenizer.id_to_token(token) is None
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> FileTokenizer:
