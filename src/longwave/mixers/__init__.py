@@ -1,4 +1,4 @@
-"""Layers (b, l, d) -> (b, l, d): mixers mix along the sequence and carry a state, channel mixers treat each token alone."""
+"""Layers (b, l, d) -> (b, l, d): mixers mix along time and carry a state, channel mixers treat each token alone."""
 
 from longwave.mixers.attention import Attention
 from longwave.mixers.channel import MLP, SwiGLU

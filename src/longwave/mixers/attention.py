@@ -52,8 +52,8 @@ class Attention(nn.Module):
     class Config:
         """Heads: `n_heads` of `d_head`; one left None follows from d_model, both None give heads of 64.
 
-        `n_kv_heads`: None is n_heads, 1 is multi-query. `rotary`: the share of a head's dimensions that is turned: 0 none,
-        1 all. `window`: tokens that a query sees, itself included. `scale`: None is d_head^-1/2.
+        `n_kv_heads`: None is n_heads, 1 is multi-query. `rotary`: share of a head's dimensions that is turned, 0 to 1.
+        `window`: tokens that a query sees, itself included. `scale`: None is d_head^-1/2.
         """
 
         kind: ClassVar[str] = "attention"
@@ -84,7 +84,7 @@ class Attention(nn.Module):
         self.d_rotary = int(self.d_head * config.rotary)
         if self.d_rotary % 2:
             raise UsageError(
-                f"attention: rotary={config.rotary} of d_head={self.d_head} are {self.d_rotary} dimensions; make it even"
+                f"attention: rotary={config.rotary} x d_head={self.d_head} = {self.d_rotary} dimensions; make it even"
             )
         self.window = config.window or UNLIMITED
         h, h_kv, p = self.n_heads, self.n_kv_heads, self.d_head
@@ -173,11 +173,11 @@ class Attention(nn.Module):
         return y.transpose(1, 2).flatten(2)  # (b, l, h p)
 
     def _filled(self, state: AttentionState) -> int:
-        """Slots to look at once the next token is in; raises if there is none for it. Only on the CPU are counters read."""
+        """Slots to look at once the next token is in; raises if it has none. Counters are read on the CPU only."""
         if state.capacity == self.window:
             return state.capacity
         if state.length.device.type != "cpu" or torch.compiler.is_compiling():
-            torch._assert_async((state.length < state.capacity).all(), NO_ROOM)
+            torch.ops.aten._assert_async.msg((state.length < state.capacity).all(), NO_ROOM)
             return state.capacity
         longest = int(state.length.max())
         if longest >= state.capacity:

@@ -181,7 +181,7 @@ class Mamba(Float32Parameters):
         return e * (w - 1) * dtype.itemsize + e * n * state_dtype(dtype).itemsize
 
     def flops(self, length: int) -> int:
-        """The scan counts 7 e n + 3 e per token: dt A, exp, dt x, times B, into the state (2), out of it (2), D x (2)."""
+        """The scan counts 7 e n + 3 e per token: dt A, exp, dt x, times B, into the state (2), out of it (2), D (2)."""
         d, e, n, r = self.d_model, self.d_inner, self.config.d_state, self.dt_rank
         projections = 2 * (d * 2 * e + e * (r + 2 * n) + r * e + e * d)
         return length * (projections + 2 * self.config.d_conv * e + 7 * e * n + 3 * e)

@@ -40,7 +40,7 @@ class Mamba2(Float32Parameters):
 
     @dataclass(frozen=True, kw_only=True)
     class Config:
-        """`d_inner`: inner width, None is expand d_model; its d_inner / d_head heads form `n_groups` that share B and C.
+        """`d_inner`: inner width, None is expand d_model. `n_groups`: of the d_inner / d_head heads, sharing B and C.
 
         -A begins in [A_min, A_max]. `D_per_channel`: D (h p,) in place of (h,). The norm runs over d_inner / n_groups
         channels, on y silu(z), or on y alone with `norm_before_gate`. `bias` is that of in_proj and out_proj.

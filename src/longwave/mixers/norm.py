@@ -13,6 +13,8 @@ class RMSNorm(nn.Module):
     Computed in float32. Zhang and Sennrich 2019, arXiv:1910.07467; gated: arXiv:2405.21060, section 7.
     """
 
+    weight: nn.Parameter | None
+
     def __init__(
         self,
         d: int,

@@ -35,9 +35,9 @@ class RNNConfig:
 class _RNN(nn.Module):
     """What LSTM and GRU share: weights named and drawn as nn.LSTM's and nn.GRU's, one layer, one direction.
 
-    A batch without `reset` and `lengths` is one call of torch's sequence kernel. With them, each document becomes a row of
-    a PackedSequence, so that the kernel sees whole documents still; that depends on the values, so torch.compile breaks
-    its graph there. The kernel runs in the weights' dtype, under autocast too.
+    A batch without `reset` and `lengths` is one call of torch's sequence kernel. With them, each document becomes a row
+    of a PackedSequence, so that the kernel sees whole documents still; that depends on the values, so torch.compile
+    breaks its graph there. Under autocast the kernel's dtype is torch's choice, as in nn.LSTM.
     """
 
     n_gates: ClassVar[int]
@@ -63,8 +63,7 @@ class _RNN(nn.Module):
             nn.init.uniform_(weight, -(self.d_hidden**-0.5), self.d_hidden**-0.5)
 
     def forward(self, x: Tensor, state=None, *, reset: Tensor | None = None, lengths: Tensor | None = None):
-        b, l, _ = x.shape
-        state = self.init_state(b, device=x.device) if state is None else state
+        state = self.init_state(len(x), device=x.device) if state is None else state
         u, h0 = x.to(self.weight_ih_l0.dtype), [t.to(self.weight_ih_l0.dtype) for t in state]
         if reset is None and lengths is None:
             y, *hidden = self._kernel(u, [t[None] for t in h0], True)
@@ -112,13 +111,13 @@ class _RNN(nn.Module):
         initial = [(t[owner // l] * continues)[None] for t in h0]
         packed, *hidden = self._kernel(x.flatten(0, 1)[order], initial, per_position)
 
-        y = x.new_zeros(b * l, self.d_hidden).index_copy(0, order, packed).view(b, l, -1)
+        y = packed.new_zeros(b * l, self.d_hidden).index_copy(0, order, packed).view(b, l, -1)
         last = rank.gather(1, (lengths - 1).clamp(min=0)[:, None])[:, 0].clamp(max=len(rows) - 1)
         final = [torch.where(lengths[:, None] > 0, t[0, last], old) for t, old in zip(hidden, h0, strict=True)]
         return y, final
 
     def _kernel(self, x: Tensor, h0: list[Tensor], layout: Tensor | bool) -> tuple[Tensor, ...]:
-        """torch's sequence kernel. `layout`: batch sizes per position (int64, on the CPU) of packed x, or True: batch first."""
+        """torch's sequence kernel. `layout`: the batch size at each position of a packed x, or True: x is (b, l, d)."""
         raise NotImplementedError
 
     def _cell(self, x: Tensor, *hidden: Tensor) -> tuple[Tensor, ...]:

@@ -1,7 +1,7 @@
-"""The parameters that set the decay of Mamba and Mamba-2: kept in float32, left alone by weight decay, and how dt begins.
+"""The parameters that set the decay of Mamba and Mamba-2: float32, left alone by weight decay; and how dt begins.
 
-They stay in float32 when their module is cast to 16 bits: the decay exp(dt A) is applied once per token: an error of 2^-9 in A or dt, which is what bfloat16 makes, is multiplied
-by every token that the state remembers.
+They stay in float32 when their module is cast to 16 bits. The decay exp(dt A) is applied once per token, so that the
+error of 2^-9 which bfloat16 makes in A or dt is multiplied by the number of tokens that the state remembers.
 """
 
 import math
