@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from longwave.errors import UsageError
-from longwave.mixers.base import compute_dtype, reset_children
+from longwave.mixers.base import check_positive, compute_dtype, reset_children
 from longwave.ops.checks import state_dtype
 
 UNLIMITED = torch.iinfo(torch.int64).max
@@ -53,7 +53,7 @@ class Attention(nn.Module):
         """Heads: `n_heads` of `d_head`; one left None follows from d_model, both None give heads of 64.
 
         `n_kv_heads`: None is n_heads, 1 is multi-query. `rotary`: share of a head's dimensions that is turned, 0 to 1.
-        `window`: tokens that a query sees, itself included. `scale`: None is d_head^-1/2.
+        `window`: tokens that a query sees, itself included; None: all. `scale`: None is d_head^-1/2.
         """
 
         kind: ClassVar[str] = "attention"
@@ -68,10 +68,9 @@ class Attention(nn.Module):
         out_bias: bool = False
 
         def __post_init__(self):
+            check_positive(self, "n_heads", "n_kv_heads", "d_head", "window")
             if not 0 <= self.rotary <= 1:
                 raise UsageError(f"attention: rotary is a share between 0 and 1, got {self.rotary}")
-            if self.window is not None and self.window < 1:
-                raise UsageError(f"attention: window must be at least 1, got {self.window}; None sees everything")
 
     def __init__(self, d_model: int, config: Config | None = None):
         super().__init__()

@@ -5,6 +5,8 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from longwave.errors import UsageError
+
 State = TypeVar("State")
 
 
@@ -85,6 +87,14 @@ def compute_dtype(weight: Tensor, dtype: torch.dtype | None = None) -> torch.dty
     if device != "meta" and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return weight.dtype
+
+
+def check_positive(config: Any, *names: str) -> None:
+    """Raise UsageError unless these settings are None or at least 1."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise UsageError(f"{config.kind}: {name} must be at least 1, got {value}")
 
 
 def reset_children(module: nn.Module) -> None:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu, silu
 
 from longwave.errors import UsageError
-from longwave.mixers.base import reset_children
+from longwave.mixers.base import check_positive, reset_children
 
 
 class MLP(nn.Module):
@@ -29,7 +29,7 @@ class MLP(nn.Module):
         def __post_init__(self):
             if self.approximate not in ("none", "tanh"):
                 raise UsageError(f"mlp: approximate must be 'none' or 'tanh', got {self.approximate!r}")
-            check_width("mlp", self.d_inner)
+            check_positive(self, "d_inner")
 
     def __init__(self, d_model: int, config: Config | None = None):
         super().__init__()
@@ -63,7 +63,7 @@ class SwiGLU(nn.Module):
         bias: bool = False
 
         def __post_init__(self):
-            check_width("swiglu", self.d_inner)
+            check_positive(self, "d_inner")
 
     def __init__(self, d_model: int, config: Config | None = None):
         super().__init__()
@@ -81,8 +81,3 @@ class SwiGLU(nn.Module):
 
     def flops(self, length: int) -> int:
         return length * 6 * self.d_model * self.d_inner
-
-
-def check_width(kind: str, d_inner: int | None) -> None:
-    if d_inner is not None and d_inner < 1:
-        raise UsageError(f"{kind}: d_inner must be at least 1, got {d_inner}; None takes the usual width")

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from longwave.errors import UsageError
-from longwave.mixers.base import compute_dtype, reset_children
+from longwave.mixers.base import check_positive, compute_dtype, reset_children
 from longwave.mixers.norm import RMSNorm
 from longwave.mixers.ssm_parameters import Float32Parameters, check_dt_range, float32_parameter, init_dt_bias
 from longwave.ops.causal_conv1d import causal_conv1d, causal_conv1d_step
@@ -82,7 +82,8 @@ class Mamba(Float32Parameters):
         conv_bias: bool = True
 
         def __post_init__(self):
-            check_dt_range("mamba", self.dt_min, self.dt_max, self.dt_init_floor)
+            check_positive(self, "d_state", "d_conv", "expand")
+            check_dt_range(self)
             if self.inner_norm not in (None, "weightless", "learned"):
                 raise UsageError(f"mamba: inner_norm must be None, 'weightless' or 'learned', got {self.inner_norm!r}")
             if self.dt_rank != "auto" and (not isinstance(self.dt_rank, int) or self.dt_rank < 1):

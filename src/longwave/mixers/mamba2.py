@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from longwave.errors import UsageError
-from longwave.mixers.base import compute_dtype, reset_children
+from longwave.mixers.base import check_positive, compute_dtype, reset_children
 from longwave.mixers.norm import RMSNorm
 from longwave.mixers.ssm_parameters import Float32Parameters, check_dt_range, float32_parameter, init_dt_bias
 from longwave.ops.causal_conv1d import causal_conv1d, causal_conv1d_step
@@ -68,7 +68,8 @@ class Mamba2(Float32Parameters):
         conv_bias: bool = True
 
         def __post_init__(self):
-            check_dt_range("mamba2", self.dt_min, self.dt_max, self.dt_init_floor)
+            check_positive(self, "d_state", "d_conv", "expand", "d_inner", "d_head", "n_groups", "chunk_len")
+            check_dt_range(self)
             if not 0 < self.A_min <= self.A_max:
                 raise UsageError(f"mamba2: need 0 < A_min <= A_max, got A_min={self.A_min}, A_max={self.A_max}")
             if len(self.dt_limit) != 2 or not self.dt_limit[0] <= self.dt_limit[1]:

@@ -6,8 +6,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from longwave.errors import UsageError
-from longwave.mixers.base import reset_children
+from longwave.mixers.base import check_positive, reset_children
 from longwave.ops.checks import state_dtype
 
 
@@ -24,12 +23,12 @@ class GRUState(NamedTuple):
 class RNNConfig:
     """`d_hidden`: width of the state. None: d_model, and no output projection."""
 
+    kind: ClassVar[str]
     d_hidden: int | None = None
     bias: bool = True
 
     def __post_init__(self):
-        if self.d_hidden is not None and self.d_hidden < 1:
-            raise UsageError(f"d_hidden must be at least 1, got {self.d_hidden}; None is d_model")
+        check_positive(self, "d_hidden")
 
 
 class _RNN(nn.Module):

@@ -6,7 +6,7 @@ error of 2^-9 which bfloat16 makes in A or dt is multiplied by the number of tok
 
 import math
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -48,9 +48,10 @@ def init_dt_bias(bias: Tensor, low: float, high: float, floor: float) -> None:
     bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # softplus^-1(dt) = log(e^dt - 1)
 
 
-def check_dt_range(kind: str, dt_min: float, dt_max: float, dt_init_floor: float) -> None:
-    if not 0 < dt_min <= dt_max or dt_init_floor <= 0:
+def check_dt_range(config: Any) -> None:
+    low, high, floor = config.dt_min, config.dt_max, config.dt_init_floor
+    if not (0 < low <= high and floor > 0):
         raise UsageError(
-            f"{kind}: need 0 < dt_min <= dt_max and dt_init_floor > 0, "
-            f"got dt_min={dt_min}, dt_max={dt_max}, dt_init_floor={dt_init_floor}"
+            f"{config.kind}: need 0 < dt_min <= dt_max and dt_init_floor > 0, "
+            f"got dt_min={low}, dt_max={high}, dt_init_floor={floor}"
         )
