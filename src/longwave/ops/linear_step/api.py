@@ -1,0 +1,30 @@
+"""Public function of the one-token projection, and its registration."""
+
+from torch import Tensor
+
+from longwave.ops.checks import check_shape
+from longwave.ops.linear_step import reference
+from longwave.ops.register import Impl, define, use_kernel
+
+
+def linear_step(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, impl: Impl = "fused") -> Tensor:
+    """y = x W^T + bias for one token of each sequence. x (b, k), weight (n, k), bias (n,) or None; y (b, n) in x's dtype.
+
+    No gradient. On the CPU the weights are streamed once at the speed of memory, on all threads, accumulated in float32
+    (float64 for float64), for small b; torch's own matrix product, which is fast once it has rows to work on, takes over
+    for larger b. Raises ValueError for shapes that do not fit.
+    """
+    k, n = x.shape[-1], weight.shape[0]
+    check_shape("linear_step", "x", x, (x.shape[0], k), "(b, k)")
+    check_shape("linear_step", "weight", weight, (n, k), "(n, k)")
+    check_shape("linear_step", "bias", bias, (n,), "(n,)")
+    if use_kernel("linear_step", impl, x.device):
+        return _forward(x, weight, bias)
+    return reference.linear_step(x, weight, bias)
+
+
+_forward = define(
+    "linear_step(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
+    fake=lambda x, weight, bias: x.new_empty(x.shape[0], weight.shape[0]),
+    cpu="longwave.ops.linear_step.cpu:forward",
+)

@@ -1,0 +1,83 @@
+"""Run a small kernel on torch's own OpenMP threads, for calls too short for anything slower to start.
+
+A parallel region of the OpenMP library that torch has loaded starts in about 2 us on threads that are awake already,
+where handing work to Python threads takes about 50. The kernel is a Numba `cfunc` of one pointer, to int64 words:
+word 0 is a ticket counter from which each thread draws blocks until there are none left (`next_ticket`), the rest are
+addresses and sizes (`pointer` turns an address into something `numba.carray` takes).
+"""
+
+import ctypes
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import numba
+import torch
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+from longwave.ops.numba_math import OPTIONS
+from longwave.ops.threads import parallel_for
+
+
+def region(function: Callable[..., Any]) -> Any:
+    """Compile `function(words)`, the body of a parallel region, as a C callback."""
+    return numba.cfunc(types.void(types.voidptr), cache=True, **OPTIONS)(function)
+
+
+def run(kernel: Any, words: list[int], n_blocks: int) -> None:
+    """Call the compiled `kernel` with `words` behind a ticket counter that starts at 0, on a thread for each block or all."""
+    memory = (ctypes.c_int64 * (1 + len(words)))(0, *words)
+    n_threads = min(torch.get_num_threads(), n_blocks)
+    start = _start_region()
+    if n_threads == 1:
+        kernel.ctypes(ctypes.addressof(memory))
+    elif start is None:
+        parallel_for(n_threads, lambda i: kernel.ctypes(ctypes.addressof(memory)))
+    else:
+        start(kernel.address, ctypes.addressof(memory), n_threads, 0)
+
+
+@functools.cache
+def _start_region() -> Callable[..., None] | None:
+    """GNU OpenMP's entry point in the library that torch loaded, or None where torch uses another."""
+    try:
+        start = ctypes.CDLL("libgomp.so.1").GOMP_parallel
+    except (OSError, AttributeError):
+        return None
+    start.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+    start.restype = None
+    return start
+
+
+@intrinsic
+def pointer(typingctx, address):
+    """An int64 address as a void pointer."""
+
+    def generate(context, builder, signature, args):
+        return builder.inttoptr(args[0], ir.IntType(8).as_pointer())
+
+    return types.voidptr(types.int64), generate
+
+
+@intrinsic
+def next_ticket(typingctx, words):
+    """Draw from the counter that the void pointer `words` points at: 0, 1, 2, ... over all threads."""
+
+    def generate(context, builder, signature, args):
+        counter = builder.bitcast(args[0], ir.IntType(64).as_pointer())
+        return builder.atomic_rmw("add", counter, ir.Constant(ir.IntType(64), 1), "monotonic")
+
+    return types.int64(types.voidptr), generate
+
+
+@intrinsic
+def widen_bfloat16(typingctx, bits):
+    """The float32 value of a bfloat16 given as its uint16 bits."""
+
+    def generate(context, builder, signature, args):
+        word = builder.zext(args[0], ir.IntType(32))
+        return builder.bitcast(builder.shl(word, ir.Constant(ir.IntType(32), 16)), ir.FloatType())
+
+    return types.float32(types.uint16), generate
