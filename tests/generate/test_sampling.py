@@ -87,7 +87,9 @@ def test_top_p_sorts_as_much_as_a_flat_distribution_needs():
     v = 5000
     sampling = Sampling(top_p=0.9)
     ours = distribution(torch.linspace(0, 1e-3, v)[None], sampling)[0]
-    np.testing.assert_allclose(ours, expected(np.linspace(0, 1e-3, v, dtype=np.float32).astype(float), sampling), rtol=1e-9)
+    np.testing.assert_allclose(
+        ours, expected(np.linspace(0, 1e-3, v, dtype=np.float32).astype(float), sampling), rtol=1e-9
+    )
     assert 4400 < np.count_nonzero(ours) < 4600
 
 
@@ -195,6 +197,6 @@ def test_values_out_of_range_are_refused_by_name_and_value(name, value):
 
 
 def test_an_unknown_option_suggests_the_nearest():
-    with pytest.raises(UsageError, match="'temprature'. Did you mean 'temperature'"):
+    with pytest.raises(UsageError, match=r"'temprature'\. Did you mean 'temperature'"):
         Sampling().replace(temprature=1.0)
     assert Sampling(top_k=3).replace(seed=1) == Sampling(top_k=3, seed=1)

