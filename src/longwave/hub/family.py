@@ -1,0 +1,36 @@
+"""What a foreign format is to longwave: a module with these names. `FORMATS` lists them."""
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from longwave.models.language_model import LanguageModel
+
+
+class Family(Protocol):
+    """A published model family: how its config.json and its tensor names read in longwave's terms, and back."""
+
+    @property
+    def WEIGHTS(self) -> str:
+        """The file that export writes: model.safetensors or pytorch_model.bin."""
+        ...
+
+    @property
+    def ALIASES(self) -> Mapping[str, str]:
+        """Other spellings of tensor names that occur in published folders: {spelling: name}."""
+        ...
+
+    def matches(self, config: Mapping[str, Any]) -> bool:
+        """Does this config.json belong to the family?"""
+        ...
+
+    def config_from(self, config: Mapping[str, Any]) -> LanguageModel.Config:
+        """The model it describes. Raises UsageError that names an option which longwave lacks."""
+        ...
+
+    def config_to(self, model: LanguageModel.Config) -> dict[str, Any]:
+        """The config.json of a model. Raises UsageError that says what the format cannot express."""
+        ...
+
+    def rename(self, model: LanguageModel.Config) -> dict[str, str]:
+        """{module of ours: its published name}, read as `hub.keys` says."""
+        ...
