@@ -27,7 +27,7 @@ def region(function: Callable[..., Any]) -> Any:
 
 
 def run(kernel: Any, words: list[int], n_blocks: int) -> None:
-    """Call the compiled `kernel` with `words` behind a ticket counter that starts at 0, on a thread for each block or all."""
+    """Call the compiled `kernel` with `words` behind a ticket counter at 0, on at most `n_blocks` threads."""
     memory = (ctypes.c_int64 * (1 + len(words)))(0, *words)
     n_threads = min(torch.get_num_threads(), n_blocks)
     start = _start_region()
@@ -37,6 +37,9 @@ def run(kernel: Any, words: list[int], n_blocks: int) -> None:
         parallel_for(n_threads, lambda i: kernel.ctypes(ctypes.addressof(memory)))
     else:
         start(kernel.address, ctypes.addressof(memory), n_threads, 0)
+
+
+_intrinsic: Any = intrinsic  # its own type describes the code generator, not the function that kernels call
 
 
 @functools.cache
@@ -51,7 +54,7 @@ def _start_region() -> Callable[..., None] | None:
     return start
 
 
-@intrinsic
+@_intrinsic
 def pointer(typingctx, address):
     """An int64 address as a void pointer."""
 
@@ -61,7 +64,7 @@ def pointer(typingctx, address):
     return types.voidptr(types.int64), generate
 
 
-@intrinsic
+@_intrinsic
 def next_ticket(typingctx, words):
     """Draw from the counter that the void pointer `words` points at: 0, 1, 2, ... over all threads."""
 
@@ -72,7 +75,7 @@ def next_ticket(typingctx, words):
     return types.int64(types.voidptr), generate
 
 
-@intrinsic
+@_intrinsic
 def widen_bfloat16(typingctx, bits):
     """The float32 value of a bfloat16 given as its uint16 bits."""
 

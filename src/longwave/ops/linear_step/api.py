@@ -8,11 +8,11 @@ from longwave.ops.register import Impl, define, use_kernel
 
 
 def linear_step(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, impl: Impl = "fused") -> Tensor:
-    """y = x W^T + bias for one token of each sequence. x (b, k), weight (n, k), bias (n,) or None; y (b, n) in x's dtype.
+    """y = x W^T + bias for one token of each sequence, without a gradient.
 
-    No gradient. On the CPU the weights are streamed once at the speed of memory, on all threads, accumulated in float32
-    (float64 for float64), for small b; torch's own matrix product, which is fast once it has rows to work on, takes over
-    for larger b. Raises ValueError for shapes that do not fit.
+    x (b, k), weight (n, k), bias (n,) or None; y (b, n) in x's dtype. On the CPU, for small b, the weights are streamed
+    once at the speed of memory on all threads and accumulated in float32 (float64 for float64); for larger b torch's
+    own product of matrices, which is fast once it has rows to work on. Raises ValueError for shapes that do not fit.
     """
     k, n = x.shape[-1], weight.shape[0]
     check_shape("linear_step", "x", x, (x.shape[0], k), "(b, k)")
