@@ -41,7 +41,7 @@ class WindowStream:
     treat a text's first token differently (a leading space is dropped, a word piece is not joined). Text that ends in
     U+FFFD may be a character that is still incomplete, and is held back.
 
-    The pieces add up to the decoded whole, with one exception: decoders with byte fallback (Llama's) give up a whole run
+    The pieces add up to the decoded whole, with one exception: decoders with byte fallback (Llama) give up a whole run
     of byte tokens when one of them is invalid; here its valid characters before that one have been said, and stay.
     """
 
