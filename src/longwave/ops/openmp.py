@@ -39,7 +39,9 @@ def run(kernel: Any, words: list[int], n_blocks: int) -> None:
         start(kernel.address, ctypes.addressof(memory), n_threads, 0)
 
 
-_intrinsic: Any = intrinsic  # its own type describes the code generator, not the function that kernels call
+# Their own types describe what they are outside a kernel, not inside.
+_intrinsic: Any = intrinsic
+carray: Any = numba.carray  # pyright: ignore[reportPrivateImportUsage]
 
 
 @functools.cache

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from longwave.ops.checks import state_dtype
-from longwave.ops.openmp import next_ticket, pointer, region, run, widen_bfloat16
+from longwave.ops.openmp import carray, next_ticket, pointer, region, run, widen_bfloat16
 
 _MOST_ROWS = 4  # from here on torch's product of matrices is the faster one
 _BLOCK_BYTES = 1 << 16  # weights that a thread reads for one ticket
@@ -39,13 +39,13 @@ def _make_kernel(accumulate: type, stored: type, widen: Callable[[Any], Any]) ->
 
     @region
     def kernel(words):
-        _, x_at, weight_at, y_at, b, k, n, row_bytes, block, add = numba.carray(words, 10, np.int64)
-        x = numba.carray(pointer(x_at), (b, k), accumulate)
-        y = numba.carray(pointer(y_at), (b, n), accumulate)
+        _, x_at, weight_at, y_at, b, k, n, row_bytes, block, add = carray(words, 10, np.int64)
+        x = carray(pointer(x_at), (b, k), accumulate)
+        y = carray(pointer(y_at), (b, n), accumulate)
         start = next_ticket(words) * block
         while start < n:
             for j in range(start, min(start + block, n)):
-                weight = numba.carray(pointer(weight_at + j * row_bytes), k, stored)
+                weight = carray(pointer(weight_at + j * row_bytes), k, stored)
                 for i in range(b):
                     total = accumulate(0)
                     for c in range(k):
