@@ -1,0 +1,52 @@
+"""Published sizes, as functions that give a LanguageModel.Config; `PRESETS` lists them by their published names.
+
+Mamba: arXiv:2312.00752, table 12, and the checkpoints state-spaces/mamba-*. Mamba-2: arXiv:2405.21060, table 10, and
+state-spaces/mamba2-*. Both take the GPT-NeoX tokenizer's 50277 tokens, filled up to a multiple of 8 and of 16.
+Transformer++, the baseline of both papers: rotary attention, SwiGLU, RMSNorm, no bias, in the widths and depths of
+GPT-3 (arXiv:2005.14165, table 2.1) as arXiv:2312.00752, table 12 has them, with the vocabulary of Mamba-2.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+from longwave.mixers import Attention, Mamba, Mamba2, SwiGLU
+from longwave.models.language_model import LanguageModel
+
+
+def mamba(d_model: int, n_layers: int) -> LanguageModel.Config:
+    """Mamba-1: one slot per layer."""
+    return LanguageModel.Config(
+        vocab_size=50280, d_model=d_model, layers=(Mamba.Config(),) * n_layers, residual_fp32=True
+    )
+
+
+def mamba2(d_model: int, n_layers: int) -> LanguageModel.Config:
+    """Mamba-2: one slot per layer."""
+    return LanguageModel.Config(
+        vocab_size=50288, d_model=d_model, layers=(Mamba2.Config(),) * n_layers, residual_fp32=True
+    )
+
+
+def transformerpp(d_model: int, n_layers: int, n_heads: int) -> LanguageModel.Config:
+    """Transformer++: two slots per layer, attention and SwiGLU of 8/3 the width."""
+    block = (Attention.Config(n_heads=n_heads), SwiGLU.Config())
+    return LanguageModel.Config(vocab_size=50288, d_model=d_model, layers=block * n_layers, residual_fp32=True)
+
+
+PRESETS: dict[str, Callable[[], LanguageModel.Config]] = {
+    "mamba-130m": partial(mamba, 768, 24),
+    "mamba-370m": partial(mamba, 1024, 48),
+    "mamba-790m": partial(mamba, 1536, 48),
+    "mamba-1.4b": partial(mamba, 2048, 48),
+    "mamba-2.8b": partial(mamba, 2560, 64),
+    "mamba2-130m": partial(mamba2, 768, 24),
+    "mamba2-370m": partial(mamba2, 1024, 48),
+    "mamba2-780m": partial(mamba2, 1536, 48),
+    "mamba2-1.3b": partial(mamba2, 2048, 48),
+    "mamba2-2.7b": partial(mamba2, 2560, 64),
+    "transformerpp-125m": partial(transformerpp, 768, 12, 12),
+    "transformerpp-350m": partial(transformerpp, 1024, 24, 16),
+    "transformerpp-760m": partial(transformerpp, 1536, 24, 16),
+    "transformerpp-1.3b": partial(transformerpp, 2048, 24, 32),
+    "transformerpp-2.7b": partial(transformerpp, 2560, 32, 32),
+}

@@ -1,0 +1,44 @@
+import pytest
+import torch
+
+from longwave.mixers import GRU, LSTM, MLP, Attention, Mamba, Mamba2, SwiGLU
+from longwave.models.language_model import LanguageModel
+
+MAMBA = Mamba.Config(d_state=4)
+MAMBA2 = Mamba2.Config(d_state=8, d_head=16)
+ATTENTION = Attention.Config(n_heads=4, n_kv_heads=2)
+WINDOWED = Attention.Config(n_heads=2, window=5, rotary=0.5)
+SWIGLU = SwiGLU.Config(d_inner=48)
+MLP_ = MLP.Config(d_inner=40)
+PATTERNS = {
+    "mamba": (MAMBA, MAMBA),
+    "mamba2": (MAMBA2, MAMBA2),
+    "transformer": (ATTENTION, SWIGLU, WINDOWED, MLP_),
+    "rnn": (LSTM.Config(), GRU.Config(d_hidden=24)),
+    "hybrid": (MAMBA, SWIGLU, WINDOWED, MLP_, MAMBA2, GRU.Config(), ATTENTION),
+}
+
+
+def make_model(pattern: str = "hybrid", **options) -> LanguageModel:
+    """A tiny model whose parameters are all off their initial values, so that none is a 0 or a 1 by accident."""
+    config = LanguageModel.Config(**{"vocab_size": 61, "d_model": 32, "layers": PATTERNS[pattern]} | options)
+    model = LanguageModel(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return model
+
+
+@pytest.fixture(params=PATTERNS)
+def model(request) -> LanguageModel:
+    return make_model(request.param)
+
+
+@pytest.fixture
+def build():
+    return make_model
+
+
+@pytest.fixture
+def tokens() -> torch.Tensor:
+    return torch.randint(0, 61, (3, 17), generator=torch.Generator().manual_seed(1))
