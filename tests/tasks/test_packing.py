@@ -135,7 +135,6 @@ def test_killed_while_packing(tmp_path):
     (tmp_path / "x").write_bytes(b"text " * 100_000)
     script = (
         "import sys, time; from pathlib import Path; from longwave.tasks import packing, sources, tokenizer\n"
-        "write = packing._Writer._finish\n"
         "packing._Writer._finish = lambda self: (self._tokens.flush(), print('now', flush=True), time.sleep(60))\n"
         "packing.open_corpus(sources.find_sources(sys.argv[1:2]), tokenizer.ByteTokenizer(), 'text', Path(sys.argv[2]))"
     )

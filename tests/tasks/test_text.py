@@ -67,7 +67,8 @@ def test_windows_tile_the_training_text_with_documents_kept_apart(tmp_path):
         steps = np.diff(sorted(begins))
         assert len(begins) == n // seq_len
         assert sorted(steps)[:-1] == [seq_len] * (len(begins) - 2)  # but where the tiling begins and ends
-        assert begins != sorted(begins)
+        follow = sum((b - a) % n == seq_len for a, b in itertools.pairwise(begins))
+        assert follow < len(begins) / 4  # in order, all would
 
 
 def test_epochs_differ_in_order_and_tiling(tmp_path):
@@ -219,7 +220,7 @@ def test_bits_per_byte_of_a_uniform_model_is_exact(tmp_path, packages, bpe):
 
 def test_windows_are_stretches_of_the_real_files(packages):
     text = Text(Text.Config(paths=packages, seq_len=256))
-    files = b"".join(path.read_bytes() for package in packages for path in Path(package).iterdir() if path.is_file())
+    files = b"".join(path.read_bytes() for package in packages for path in Path(package).rglob("*") if path.is_file())
     for row in text.batch(0, 0, 50).tokens.tolist():
         for stretch in " ".join(map(str, row)).split(str(END)):  # whole documents, or parts of them
             assert bytes(map(int, stretch.split())) in files
