@@ -28,7 +28,7 @@ def _quiet():
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
 
 
 @pytest.fixture
@@ -50,6 +50,12 @@ def peer(tmp_path):
     return make
 
 
-def truth(model, tokens):
-    with torch.no_grad():
+@pytest.fixture(scope="session")
+def truth():
+    """truth(model, tokens): the logits of a model of transformers."""
+
+    @torch.no_grad()
+    def logits(model, tokens):
         return model(tokens, use_cache=False).logits
+
+    return logits

@@ -90,5 +90,6 @@ def _without_tied_head(stored: dict[str, Stored], embedding: str, head: str, fol
 
 def _stored_dtype(stored: Mapping[str, Stored], embedding: str) -> torch.dtype:
     """The dtype of the embedding speaks for the folder."""
-    dtype = stored[embedding].read().dtype if embedding in stored else None
-    return dtype if dtype in DTYPES.values() else torch.float32
+    if embedding in stored and (dtype := stored[embedding].read().dtype) in DTYPES.values():
+        return dtype
+    return torch.float32

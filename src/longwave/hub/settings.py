@@ -53,7 +53,7 @@ def refuse_unless(config: Mapping[str, Any], supported: Mapping[str, tuple[Any, 
 
 
 def refuse_unknown(config: Mapping[str, Any], known: str, where: str) -> None:
-    """Raise UsageError on a key that is not in `known`, names apart by blanks: it may change what the model computes."""
+    """Raise UsageError on a key that is not a word of `known`: it may change what the model computes."""
     for key in config:
         if key not in known.split():
             raise UsageError(f"config.json: {where} has an unknown option {key!r}.{nearest(key, known.split())}")

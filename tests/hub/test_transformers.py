@@ -1,0 +1,175 @@
+"""mamba, mamba2 and falcon_mamba: the other library's folders give its logits here, and ours give them there."""
+
+import pytest
+import torch
+
+from longwave.hub.export import export
+from longwave.hub.load import load
+from longwave.models.language_model import LanguageModel
+
+CASES = {
+    "mamba": ("mamba", {}),
+    "mamba with other biases": ("mamba", {"use_bias": True, "use_conv_bias": False}),
+    "mamba with a head of its own": ("mamba", {"tie_word_embeddings": False}),
+    "mamba with another eps": ("mamba", {"layer_norm_epsilon": 0.1}),
+    "mamba, inner width not a multiple of d_model": ("mamba", {"intermediate_size": 48}),
+    "mamba, other sizes": ("mamba", {"expand": 3, "conv_kernel": 3, "time_step_rank": "auto", "num_hidden_layers": 3}),
+    "mamba2, 1 group": ("mamba2", {"n_groups": 1}),
+    "mamba2, 2 groups": ("mamba2", {"n_groups": 2}),
+    "mamba2 with dt limits": ("mamba2", {"time_step_limit": (0.005, 0.02)}),
+    "mamba2 with other biases, tied": (
+        "mamba2",
+        {"use_bias": True, "use_conv_bias": False, "tie_word_embeddings": True},
+    ),
+    "mamba2 with another eps": ("mamba2", {"layer_norm_epsilon": 0.1}),
+    "falcon_mamba": ("falcon_mamba", {}),
+    "falcon_mamba with another inner eps": ("falcon_mamba", {"mixer_rms_eps": 0.1}),
+}
+FAMILIES = ["mamba", "mamba2", "falcon_mamba"]
+WRITTEN = {
+    "mamba": ("mamba", {"intermediate_size": 48, "layer_norm_epsilon": 1e-3, "time_step_rank": "auto"}),
+    "mamba2": ("mamba2", {"time_step_limit": (0.005, 0.02), "use_bias": True, "layer_norm_epsilon": 1e-3}),
+    "mamba2, no limits": ("mamba2", {"use_conv_bias": False, "tie_word_embeddings": True}),
+    "falcon_mamba": ("falcon_mamba", {"mixer_rms_eps": 1e-3, "tie_word_embeddings": False, "expand": 3}),
+}
+every_case = pytest.mark.parametrize(("model_type", "options"), CASES.values(), ids=CASES)
+
+
+@torch.no_grad()
+def logits_in_pieces(model, tokens, lengths):
+    pieces, state = [], None
+    for piece in tokens.split(lengths, dim=1):
+        logits, state = model(piece, state)
+        pieces.append(logits)
+    return torch.cat(pieces, dim=1)
+
+
+def logits_by_steps(model, tokens):
+    state = model.init_state(len(tokens), length=tokens.shape[1])
+    return torch.stack([model.step(column, state) for column in tokens.unbind(1)], dim=1)
+
+
+@every_case
+def test_logits_are_theirs_whole_in_pieces_and_stepped(peer, truth, model_type, options):
+    theirs, folder = peer(model_type, **options)
+    tokens = torch.randint(0, 97, (2, 21))
+    expected = truth(theirs, tokens)
+    model = load(folder).model
+    for logits in (
+        logits_in_pieces(model, tokens, [21]),
+        logits_in_pieces(model, tokens, [1, 13, 7]),
+        logits_by_steps(model, tokens),
+    ):
+        torch.testing.assert_close(logits, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_greedy_tokens_are_theirs(peer, truth, model_type):
+    theirs, folder = peer(model_type, tie_word_embeddings=False)  # tied and random, it would repeat itself
+    prompt = torch.randint(0, 97, (1, 8))
+    tokens = prompt
+    for _ in range(64):
+        tokens = torch.cat([tokens, truth(theirs, tokens)[:, -1:].argmax(-1)], dim=1)
+    completion = load(folder).complete(prompt[0].tolist(), max_tokens=64, temperature=0)
+    assert completion.tokens == tokens[0, 8:].tolist()
+    assert len(set(completion.tokens)) > 4, "the sequence is too dull to tell models apart"
+
+
+@pytest.mark.parametrize(("model_type", "options"), WRITTEN.values(), ids=WRITTEN)
+def test_what_we_write_they_read(peer, truth, model_type, options, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    theirs, folder = peer(model_type, **options)
+    export(load(folder), tmp_path / "ours", model_type)
+    again, report = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", output_loading_info=True)
+    assert not any(report.values()), report
+    expected = theirs.state_dict()
+    for name, tensor in again.state_dict().items():
+        assert torch.equal(tensor, expected[name]), name
+    tokens = torch.randint(0, 97, (2, 21))
+    again.eval()
+    torch.testing.assert_close(truth(again, tokens), truth(theirs, tokens), atol=2e-6, rtol=0)
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("residual_fp32", [True, False])
+def test_bfloat16_folders_stay_bfloat16_and_lose_no_more_than_theirs(peer, truth, model_type, residual_fp32):
+    theirs, folder = peer(model_type, torch.bfloat16, residual_in_fp32=residual_fp32)
+    model = load(folder).model
+    assert model.config.residual_fp32 == residual_fp32
+    assert model.embedding.weight.dtype == torch.bfloat16
+    assert model.layers[0].mixer.A_log.dtype == torch.float32
+    assert getattr(model.layers[0].mixer.A_log, "_no_weight_decay", False)
+    tokens = torch.randint(0, 97, (4, 21))
+    coarse = truth(theirs, tokens)
+    exact = truth(theirs.double(), tokens).double()
+    with torch.no_grad():
+        ours = model(tokens)[0].double()
+    assert (ours - exact).square().mean() <= 2**2 * (coarse - exact).square().mean()
+
+
+@pytest.mark.parametrize("dtype", ["float32", torch.float64])
+def test_dtype_of_the_weights_can_be_chosen(peer, dtype):
+    _, folder = peer("mamba2", torch.bfloat16)
+    stored = load(folder).model.state_dict()
+    expected = {"float32": torch.float32}.get(dtype, dtype)
+    for name, tensor in load(folder, dtype=dtype).model.state_dict().items():
+        assert tensor.dtype == expected
+        assert torch.equal(tensor, stored[name].to(expected))
+
+
+def test_bfloat16_goes_out_as_bfloat16(peer, truth, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    theirs, folder = peer("mamba", torch.bfloat16)
+    export(load(folder), tmp_path / "ours", "mamba")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "ours").eval()
+    tokens = torch.randint(0, 97, (2, 21))
+    assert again.dtype == torch.bfloat16
+    assert torch.equal(truth(again, tokens), truth(theirs, tokens))
+
+
+def test_gradients_flow_into_loaded_weights(peer):
+    _, folder = peer("mamba")
+    model = load(folder).model
+    tokens = torch.randint(0, 97, (2, 9))
+    model.loss(tokens[:, :-1], tokens[:, 1:]).backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    assert model.lm_head.weight is model.embedding.weight
+
+
+def test_both_spellings_of_the_embedding_are_read(peer, truth):
+    from safetensors.torch import load_file, save_file
+
+    theirs, folder = peer("mamba")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["backbone.embedding.weight"] = tensors.pop("backbone.embeddings.weight")
+    save_file(tensors, folder / "model.safetensors")
+    tokens = torch.randint(0, 97, (1, 9))
+    torch.testing.assert_close(
+        logits_in_pieces(load(folder).model, tokens, [9]), truth(theirs, tokens), atol=1e-5, rtol=0
+    )
+
+
+def test_a_model_begun_here_is_read_there_with_its_tokenizer(tmp_path, truth):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from longwave.generate.text_model import TextModel
+    from longwave.mixers import Mamba2
+    from longwave.tasks.tokenizer import ByteTokenizer
+
+    mixer = Mamba2.Config(d_state=16, d_head=8, n_groups=2)
+    model = LanguageModel(LanguageModel.Config(vocab_size=264, d_model=32, layers=(mixer, mixer)))
+    export(TextModel(model, ByteTokenizer()), tmp_path, "mamba2")
+    there = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    assert there.config.eos_token_id == 256
+    ids = tokenizer("Hello, wörld")["input_ids"]
+    assert ids == ByteTokenizer().encode("Hello, wörld")
+    here = load(tmp_path)
+    assert here.tokenizer is not None
+    assert here.tokenizer.vocab_size == 257
+    tokens = torch.tensor([ids])
+    torch.testing.assert_close(
+        logits_in_pieces(here.model, tokens, [tokens.shape[1]]), truth(there, tokens), atol=1e-5, rtol=0
+    )
