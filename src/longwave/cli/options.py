@@ -6,9 +6,15 @@ import inspect
 import json
 import textwrap
 import typing
+from pathlib import Path
 from typing import Annotated, Any
 
 from cyclopts import App, Parameter
+
+from longwave.errors import UsageError
+from longwave.generate.text_model import TextModel
+from longwave.hub.load import load
+from longwave.training import checkpoint
 
 
 def make_app(verb: str, examples: tuple[str, ...]) -> App:
@@ -46,6 +52,22 @@ def chosen(options: Any) -> dict[str, Any]:
 def print_json(value: Any) -> None:
     """One line of JSON, for programs."""
     print(json.dumps(value), flush=True)
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds. Raises UsageError if it cannot be read."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise UsageError(f"{path} is not JSON: {error}") from error
+
+
+def load_model(path: str, **options: Any) -> TextModel:
+    """The model in a folder, or that of the newest checkpoint of a run's folder."""
+    checkpoints = checkpoint.complete(path)
+    return load(checkpoints[-1] if checkpoints else path, **options)
 
 
 def _default(field: dataclasses.Field) -> Any:

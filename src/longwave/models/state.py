@@ -17,7 +17,8 @@ from longwave.models.saving import Stored, check_shapes, open_safetensors, write
 class Stateful(Protocol):
     """A model that makes states: LanguageModel or SSM."""
 
-    fingerprint: str
+    @property
+    def fingerprint(self) -> str: ...
 
     def init_state(self, b: int, *, length: int = 0, device: torch.device | str | None = None) -> "State": ...
 

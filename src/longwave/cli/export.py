@@ -1,0 +1,28 @@
+"""`longwave export`: a model in somebody else's format."""
+
+from pathlib import Path
+
+from longwave.cli.options import load_model, make_app
+from longwave.hub.export import export as write
+
+app = make_app(
+    "export",
+    ("longwave export runs/notes hf/ --format mamba2", "longwave export mine/ official/ --format state_spaces"),
+)
+
+
+@app.default
+def export(model: str, target: Path, *, format: str) -> None:
+    """Write a model so that another library loads it.
+
+    Parameters
+    ----------
+    model
+        Folder of a model or of a training run.
+    target
+        Folder to write.
+    format
+        mamba, mamba2 or falcon_mamba (transformers), or state_spaces (mamba_ssm).
+    """
+    write(load_model(model), target, format)
+    print(f"{target}: written as {format}")
