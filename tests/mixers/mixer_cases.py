@@ -1,0 +1,73 @@
+"""The mixers that the suite runs over: one small configuration for each option that changes what is computed."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from longwave.mixers import MIXERS
+
+D = 16
+SMALL = {"d_state": 4, "d_head": 8}
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "mamba": ("mamba", {"d_state": 4}),
+    "mamba-weightless": ("mamba", {"d_state": 4, "inner_norm": "weightless", "bias": True, "dt_rank": 3}),
+    "mamba-learned": ("mamba", {"d_state": 5, "inner_norm": "learned", "d_conv": 2, "conv_bias": False, "expand": 1}),
+    "mamba2": ("mamba2", SMALL),
+    "mamba2-groups": ("mamba2", SMALL | {"n_groups": 2, "d_inner": 48, "d_head": 4, "bias": True, "chunk_len": 4}),
+    "mamba2-limits": (
+        "mamba2",
+        SMALL | {"dt_limit": (0.01, 0.05), "D_per_channel": True, "norm_before_gate": True, "conv_bias": False},
+    ),
+    "attention": ("attention", {"n_heads": 2}),
+    "attention-grouped": ("attention", {"n_heads": 4, "n_kv_heads": 2, "d_head": 8, "rotary": 0.5, "qkv_bias": True}),
+    "attention-multi-query": (
+        "attention",
+        {"n_heads": 4, "n_kv_heads": 1, "rotary": 0.0, "scale": 0.3, "out_bias": True},
+    ),
+    "attention-window": ("attention", {"n_heads": 2, "window": 5, "rotary_base": 500.0}),
+    "attention-window-1": ("attention", {"n_heads": 2, "n_kv_heads": 1, "window": 1}),
+    "lstm": ("lstm", {}),
+    "lstm-projected": ("lstm", {"d_hidden": 12, "bias": False}),
+    "gru": ("gru", {}),
+    "gru-projected": ("gru", {"d_hidden": 20}),
+}
+PLAIN = [name for name in CASES if name in MIXERS] + ["attention-window"]
+
+
+def build(case: str, dtype: torch.dtype = torch.float64, d_model: int = D) -> Any:
+    """The case's mixer, shaken."""
+    kind, options = CASES[case]
+    cls = MIXERS[kind]
+    mixer = cls(d_model, cls.Config(**options)).to(dtype)
+    shake(mixer)
+    return mixer
+
+
+def shake(module: nn.Module) -> None:
+    """Move the parameters away from their initial values, which hide mistakes (D = 1, norms 1)."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+
+
+def row(state: Any, i: int) -> Any:
+    """The state of sequence i alone."""
+    return type(state)(*(tensor[i : i + 1] for tensor in state))
+
+
+def trimmed(state: Any) -> Any:
+    return state.reserve(0) if hasattr(state, "reserve") else state
+
+
+def assert_same_state(actual: Any, expected: Any, **tolerance: float) -> None:
+    torch.testing.assert_close(tuple(trimmed(actual)), tuple(trimmed(expected)), **tolerance)
+
+
+def held(state: Any) -> int:
+    """Bytes of all tensors but the counters."""
+    return sum(t.nbytes for t in state if t.is_floating_point())
+
+
+def leaves(mixer: Any, x: Tensor) -> list[Tensor]:
+    return [x, *mixer.parameters()]
