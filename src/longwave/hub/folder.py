@@ -1,7 +1,6 @@
 """A model folder on disk: its config.json, and its tensors by name, with shapes known before any tensor is read."""
 
 import json
-import pickle
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -96,7 +95,7 @@ def _open_pickle(file: Path) -> dict[str, Stored]:
     try:
         # What torch wrote before 1.6 is no zip archive, and cannot be mapped.
         tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, LookupError, OSError) as error:
+    except Exception as error:  # on foreign bytes the unpickler raises whatever it stumbles over
         raise LongwaveError(
             f"cannot read {file}: it is damaged, or holds other objects than tensors, which longwave does not "
             "unpickle. Copy the file again, or convert it to safetensors where you trust it"
