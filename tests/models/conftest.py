@@ -19,14 +19,28 @@ PATTERNS = {
 }
 
 
+FOR_ONE_GRAPH = (SWIGLU, WINDOWED, MAMBA2)
+
+
 def make_model(pattern: str = "hybrid", **options) -> LanguageModel:
     """A tiny model whose parameters are all off their initial values, so that none is a 0 or a 1 by accident."""
-    config = LanguageModel.Config(**{"vocab_size": 61, "d_model": 32, "layers": PATTERNS[pattern]} | options)
+    config = LanguageModel.Config(
+        **{"vocab_size": 61, "d_model": 32, "layers": PATTERNS.get(pattern, FOR_ONE_GRAPH)} | options
+    )
     model = LanguageModel(config)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
     return model
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """The models are tiny: a second thread only waits."""
+    n = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n)
 
 
 @pytest.fixture(params=PATTERNS)

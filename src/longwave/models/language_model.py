@@ -67,9 +67,7 @@ class LanguageModel(nn.Module):
         self.layers = Stack(Block(config.d_model, layer, **norm) for layer in config.layers)
         self.norm_f = NORMS[config.norm](config.d_model, eps=config.norm_eps)
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
-        if config.tie_embeddings:
-            self.lm_head.weight = self.embedding.weight
-        nn.init.normal_(self.embedding.weight, std=config.init_std)
+        self._start_embedding()
         self.layers.fingerprint = fingerprint(config, self)
 
     @property
@@ -81,7 +79,12 @@ class LanguageModel(nn.Module):
         """Draw all parameters anew. Follows `to_empty` on a model made on the meta device."""
         for child in (self.lm_head, self.layers, self.norm_f):
             child.reset_parameters()
+        self._start_embedding()
+
+    def _start_embedding(self) -> None:
         nn.init.normal_(self.embedding.weight, std=self.config.init_std)
+        if self.config.tie_embeddings:  # `to_empty` cuts the tie
+            self.lm_head.weight = self.embedding.weight
 
     def forward(
         self,
