@@ -70,18 +70,18 @@ class Decoder:
         with torch.no_grad():
             self._feed()
             logits = self._logits.float()
-            total = logits.logsumexp(-1, keepdim=True)  # (b, 1)
-            if not total.isfinite().all():
+            logprobs = logits.log_softmax(-1)  # (b, v)
+            if not logprobs.amax(-1).isfinite().all():
                 raise LongwaveError(
                     "the model's logits are not finite: its weights are damaged, or its dtype is too narrow for them; "
                     "try float32"
                 )
             self._pending = tokens = self._sampler(logits[:, : self._n_ids])
-            chosen = (logits.gather(-1, tokens[:, None]) - total).squeeze(-1)
+            chosen = logprobs.gather(-1, tokens[:, None]).squeeze(-1)  # (b,)
             return [
                 Draw(token, logprob, alternatives)
                 for token, logprob, alternatives in zip(
-                    tokens.tolist(), chosen.tolist(), self._alternatives(logits, total), strict=True
+                    tokens.tolist(), chosen.tolist(), self._alternatives(logprobs), strict=True
                 )
             ]
 
@@ -114,7 +114,7 @@ class Decoder:
         self._room -= 1
         self._pending = None
 
-    def _alternatives(self, logits: Tensor, total: Tensor) -> list[tuple[tuple[int, float], ...]]:
-        values, ids = logits.topk(self._logprobs)  # (b, logprobs), the greatest first
-        pairs = zip(ids.tolist(), (values - total).tolist(), strict=True)
+    def _alternatives(self, logprobs: Tensor) -> list[tuple[tuple[int, float], ...]]:
+        values, ids = logprobs.topk(self._logprobs)  # each (b, alternatives), the likeliest first
+        pairs = zip(ids.tolist(), values.tolist(), strict=True)
         return [tuple(zip(*row, strict=True)) for row in pairs]

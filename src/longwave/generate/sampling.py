@@ -78,27 +78,24 @@ def candidates(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor | Non
         logits, ids = logits.topk(sampling.top_k)
     logits = logits.double()
     # The difference first: at a tiny temperature the quotient of the logit itself would overflow.
-    scaled = (logits - logits.amax(-1, keepdim=True)) / sampling.temperature
+    probabilities = ((logits - logits.amax(-1, keepdim=True)) / sampling.temperature).softmax(-1)
     if sampling.top_p < 1:
-        scaled, kept = _nucleus(scaled, sampling.top_p)
+        probabilities, kept = _nucleus(probabilities, sampling.top_p)
         ids = kept if ids is None else ids.gather(-1, kept)
-    weights = scaled.exp()
     if sampling.min_p > 0:
-        weights = weights * (weights >= sampling.min_p)  # the likeliest has weight exp(0) = 1
-    return weights / weights.sum(-1, keepdim=True), ids
+        probabilities = probabilities * (probabilities >= sampling.min_p * probabilities.amax(-1, keepdim=True))
+    return probabilities / probabilities.sum(-1, keepdim=True), ids
 
 
-def _nucleus(scaled: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
-    """The likeliest entries of scaled (b, v) and their indices, -inf for those after the share `top_p` is reached."""
-    v = scaled.shape[-1]
-    total = scaled.exp().sum(-1, keepdim=True)
+def _nucleus(probabilities: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
+    """The greatest of probabilities (b, v) and their indices; 0 for those that come after the share is reached."""
+    v = probabilities.shape[-1]
     m = min(_FIRST_SORTED, v)
     while True:
-        top, indices = scaled.topk(m)
-        share = top.exp() / total
-        reached = share.cumsum(-1)
+        top, indices = probabilities.topk(m)
+        reached = top.cumsum(-1)
         if m == v or bool((reached[:, -1] >= top_p).all()):
-            return top.masked_fill(reached - share >= top_p, -math.inf), indices
+            return top * (reached - top < top_p), indices
         m = min(8 * m, v)
 
 
