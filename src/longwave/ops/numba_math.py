@@ -1,4 +1,4 @@
-"""Elementary functions for Numba kernels that LLVM can vectorise: exp2, exp, sigmoid, silu, softplus.
+"""Elementary functions for Numba kernels that LLVM can vectorise: exp2, exp, sigmoid, silu, silu_slope, softplus.
 
 float32 gets branch-free polynomials (relative error 1e-7 to 3e-7; results below about 1e-38 become 0).
 Anything else gets the exact functions of libm. NaN comes out as NaN in both.
@@ -20,7 +20,7 @@ from numba.extending import intrinsic, overload
 FASTMATH = {"contract", "nsz", "arcp", "reassoc"}
 # Division as numpy has it: Python's check for a zero divisor is a branch, which stops vectorisation.
 OPTIONS: Any = {"fastmath": FASTMATH, "error_model": "numpy"}
-jit = numba.njit(nogil=True, cache=True, **OPTIONS)
+jit: Any = numba.njit(nogil=True, cache=True, **OPTIONS)
 
 # 2^(1+f) on [-1/2, 1/2]: minimax in relative error (9e-8) among polynomials exact at 0, so that a decay
 # near 1 is not biased: an error there grows with the length of the memory.
@@ -100,6 +100,12 @@ def silu(x):
     return x * sigmoid(x)
 
 
+def silu_slope(x):
+    """The derivative of silu."""
+    s = sigmoid(x)
+    return s * (1 + x * (1 - s))
+
+
 def softplus(x):
     """log(1 + e^x), and x above 20, as torch has it."""
     return x if x > 20 else math.log1p(math.exp(x))
@@ -128,6 +134,17 @@ def _sigmoid(x):
 @overload(silu, jit_options=OPTIONS)
 def _silu(x):
     return lambda x: x * sigmoid(x)
+
+
+@overload(silu_slope, jit_options=OPTIONS)
+def _silu_slope(x):
+    one = np.float32(1) if x == types.float32 else 1.0
+
+    def silu_slope_any(x):
+        s = sigmoid(x)
+        return s * (one + x * (one - s))
+
+    return silu_slope_any
 
 
 @overload(softplus, jit_options=OPTIONS)

@@ -7,19 +7,25 @@ takes chunks from the last to the first and computes the states of a chunk again
 docs/ops/selective_scan.md has the recurrences.
 """
 
+import functools
 import math
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from longwave.ops.checks import state_dtype
-from longwave.ops.numba_math import exp2, jit, sigmoid, silu, softplus
+from longwave.ops.numba_math import exp, exp2, jit, sigmoid, silu, silu_slope, softplus
+from longwave.ops.openmp import carray, next_ticket, pointer, region, run
 from longwave.ops.rows import flat
 from longwave.ops.threads import parallel_for
 
 _WIDTH = 64
-_CHUNK_LEN = 32  # where the caller has no say
+_CHUNK_LEN = 32  # where no states are kept
+_STEP_CHANNELS = 256  # in a block of `step`
+_STEP_ELEMENTS = 8192  # of the state, for which another thread is worth starting
+_LANES = 16
 _LOG2E = math.log2(math.e)
 _LN2 = math.log(2)
 
@@ -54,13 +60,11 @@ def backward(dy, dfinal, states, x, dt, A, B, C, D, z, dt_bias, initial_state, r
     dz = inputs.new(b, l, e) if z is not None else torch.empty(0, 0, 0, dtype=dtype)
     dstate = dfinal.to(dtype, copy=True, memory_format=torch.contiguous_format)
     dA = torch.empty(b, n, e, dtype=dtype)
-    dD, dt_dbias = torch.empty(b, e, dtype=dtype), torch.empty(b, e, dtype=dtype)
+    dD, ddt_bias = torch.empty(b, e, dtype=dtype), torch.empty(b, e, dtype=dtype)
     # Sums over channels: one part for each block, added up in a fixed order.
     dB, dC = inputs.new(inputs.n_blocks, l, n), inputs.new(inputs.n_blocks, l, n)
-    grads = tuple(t.numpy() for t in (dx, ddt, dz, dstate, dA, dD, dt_dbias, dB, dC))
-    dy_flat = flat(dy.to(dtype))
-    dy_array = dy_flat[0], *dy_flat[1]
-    states_array = states.numpy()
+    grads = tuple(t.numpy() for t in (dx, ddt, dz, dstate, dA, dD, ddt_bias, dB, dC))
+    dy_array, states_array = inputs.array(dy), states.numpy()
 
     def body(i: int) -> None:
         place = inputs.place(i)
@@ -70,11 +74,35 @@ def backward(dy, dfinal, states, x, dt, A, B, C, D, z, dt_bias, initial_state, r
 
     parallel_for(inputs.n_blocks, body)
     dB, dC = (part.view(b, -1, l, n).sum(1) for part in (dB, dC))
-    found = (dx, ddt, dA.sum(0).t(), dB, dC, dD.sum(0), dz, dt_dbias.sum(0), dstate)
+    found = (dx, ddt, dA.sum(0).t(), dB, dC, dD.sum(0), dz, ddt_bias.sum(0), dstate)
     given = (x, dt, A, B, C, D, z, dt_bias, initial_state)
     return tuple(
         x.new_empty(0) if t is None else grad.to(t.dtype).contiguous() for t, grad in zip(given, found, strict=True)
     )
+
+
+def step(state: Tensor, x, dt, A, B, C, D, z, dt_bias, dt_softplus) -> Tensor:
+    (b, e), n, dtype = x.shape, A.shape[1], state.dtype
+    y = torch.empty(b, e, dtype=dtype)
+    memory = state.contiguous()
+    # The kernel gets addresses only, so these lists keep the tensors alive; 0 stands for what is absent.
+    vectors = [None if t is None else _addressable(t, dtype).contiguous() for t in (memory, y, A, D, dt_bias)]
+    rows = [None if t is None else _addressable(t, dtype) for t in (x, dt, B, C, z)]
+    words = [b, e, n, dt_softplus]
+    words += [0 if t is None else t.data_ptr() for t in vectors]
+    for t in rows:
+        words += (0, 0) if t is None else (t.data_ptr(), t.stride(0))
+    run(_step_kernel(dtype), words, n_blocks=max(1, state.numel() // _STEP_ELEMENTS))
+    if memory.data_ptr() != state.data_ptr():
+        state.copy_(memory)
+    return y if dtype is x.dtype else y.to(x.dtype)
+
+
+def _addressable(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """`t` in `dtype`, with its last axis contiguous."""
+    if t.dtype is not dtype:  # even a `to` that does nothing costs 1 us
+        t = t.to(dtype)
+    return t if t.stride(-1) == 1 else t.contiguous()
 
 
 class _Inputs:
@@ -85,35 +113,32 @@ class _Inputs:
         self.dtype = dtype = state_dtype(x.dtype)
         self.blocks_per_row = -(-self.e // _WIDTH)
         self.n_blocks = b * self.blocks_per_row
-        self.new = self._zeros if lengths is not None else self._empty
-
-        def array(t: Tensor) -> tuple[np.ndarray, int, int]:
-            memory, (row, time) = flat(t.to(dtype))
-            return memory, row, time
-
-        def vector(t: Tensor | None) -> np.ndarray:
-            return (torch.zeros(self.e, dtype=dtype) if t is None else t.detach().to(dtype).contiguous()).numpy()
+        # The kernels leave out what lies behind the lengths.
+        self.new = functools.partial(torch.empty if lengths is None else torch.zeros, dtype=dtype)
 
         # The kernels compute 2^(dt A log2(e)).
         exponents = (A.detach().to(dtype) * _LOG2E).contiguous().numpy()
-        ends = np.full(b, l) if lengths is None else lengths.numpy()
+        ends = np.full(b, l) if lengths is None else lengths.contiguous().numpy()
         resets = np.zeros((b, l), np.bool_) if reset is None else reset.contiguous().numpy()
-        gate = array(x if z is None else z)
+        gate = self.array(x if z is None else z)
         self.arrays = (
-            *(array(t) for t in (x, dt, B, C)),
-            *(gate, z is not None, exponents, vector(D), vector(dt_bias), dt_softplus, resets, ends),
+            *(self.array(t) for t in (x, dt, B, C)),
+            *(gate, z is not None, exponents, self._vector(D), self._vector(dt_bias), dt_softplus, resets, ends),
         )
+
+    def array(self, t: Tensor) -> tuple[np.ndarray, int, int]:
+        """The memory of a sequence and its strides over rows and time."""
+        memory, (row, time) = flat(t.to(self.dtype))
+        return memory, row, time
+
+    def _vector(self, t: Tensor | None) -> np.ndarray:
+        t = torch.zeros(self.e, dtype=self.dtype) if t is None else t.detach().to(self.dtype)
+        return t.contiguous().numpy()
 
     def place(self, i: int) -> tuple[int, int, int]:
         """Row, first channel and number of channels of block i."""
         row, block = divmod(i, self.blocks_per_row)
         return row, block * _WIDTH, min(_WIDTH, self.e - block * _WIDTH)
-
-    def _empty(self, *shape: int) -> Tensor:
-        return torch.empty(shape, dtype=self.dtype)
-
-    def _zeros(self, *shape: int) -> Tensor:
-        return torch.zeros(shape, dtype=self.dtype)
 
 
 @jit
@@ -179,18 +204,20 @@ def _backward_block(
             _replay(start, after[s], decays[s], exponents, steps[s], entries[s], _row(B, i, t), _row(C, i, t), sums[s])
 
         for s in range(t1 - t0):
-            u, up, down = _channels(x, place, t0 + s), _channels(dy, place, t0 + s), dsums[s]
+            u, up, total, dtotal = _channels(x, place, t0 + s), _channels(dy, place, t0 + s), sums[s], dsums[s]
             if has_z:
-                gate, dgate, scan = _channels(z, place, t0 + s), dz[i, t0 + s, c0 : c0 + width], sums[s]
+                gate, dgate = _channels(z, place, t0 + s), dz[i, t0 + s, c0 : c0 + width]
                 for c in range(width):
-                    open_ = sigmoid(gate[c])
-                    down[c] = up[c] * gate[c] * open_
-                    slope = open_ + gate[c] * open_ * sigmoid(-gate[c])
-                    dgate[c] = up[c] * (scan[c] + skip[c] * u[c]) * slope
+                    total[c] += skip[c] * u[c]
+                for c in range(width):
+                    dgate[c] = up[c] * total[c] * silu_slope(gate[c])
+                for c in range(width):
+                    dtotal[c] = up[c] * silu(gate[c])
             else:
-                down[:width] = up
+                for c in range(width):
+                    dtotal[c] = up[c]
             for c in range(width):
-                dskip[c] += down[c] * u[c]
+                dskip[c] += dtotal[c] * u[c]
 
         for s in range(t1 - t0 - 1, -1, -1):
             t = t0 + s
@@ -217,11 +244,12 @@ def _backward_block(
 
         for s in range(t1 - t0):
             t = t0 + s
-            u, raw, down, step = _channels(x, place, t), _channels(dt, place, t), dsums[s], steps[s]
+            u, raw, dtotal, step = _channels(x, place, t), _channels(dt, place, t), dsums[s], steps[s]
             dstep, dentry = dsteps[s], dentries[s]
             du, draw = dx[i, t, c0 : c0 + width], ddt[i, t, c0 : c0 + width]
             for c in range(width):
-                du[c] = skip[c] * down[c] + step[c] * dentry[c]
+                du[c] = skip[c] * dtotal[c] + step[c] * dentry[c]
+            for c in range(width):
                 draw[c] = ln2 * dstep[c] + u[c] * dentry[c]
             if dt_softplus:
                 for c in range(width):
@@ -330,10 +358,70 @@ def _retreat(before, after, decay, exponents, step, entry, B, C, dtotal, dh, dA_
         dC[k] = dC_sum
 
 
-def step(state: Tensor, x, dt, A, B, C, D, z, dt_bias, dt_softplus) -> Tensor:
-    from longwave.ops.selective_scan import reference
+@functools.cache
+def _step_kernel(dtype: torch.dtype) -> Any:
+    """The parallel region of `step`: threads draw blocks of channels."""
+    scalar = np.float64 if dtype == torch.float64 else np.float32
+    size = dtype.itemsize
 
-    x, dt, B, C, z = (None if t is None else t[:, None] for t in (x, dt, B, C, z))
-    y, final = reference.selective_scan(x, dt, A, B, C, D, z, dt_bias, dt_softplus, state, None, None)
-    state.copy_(final)
-    return y[:, 0].contiguous()
+    @region
+    def kernel(words):
+        # fmt: off
+        (_, b, e, n, dt_softplus, state, y, A, D, dt_bias, x, x_row, dt, dt_row, B, B_row, C, C_row, z, z_row) = (
+            carray(words, 20, np.int64)
+        )
+        # fmt: on
+        blocks = -(-e // _STEP_CHANNELS)
+        block = next_ticket(words)
+        while block < b * blocks:
+            i, c0 = block // blocks, block % blocks * _STEP_CHANNELS
+            width = min(_STEP_CHANNELS, e - c0)
+            out = carray(pointer(y + (i * e + c0) * size), width, scalar)
+            u = carray(pointer(x + (i * x_row + c0) * size), width, scalar)
+            raw = carray(pointer(dt + (i * dt_row + c0) * size), width, scalar)
+            h = carray(pointer(state + (i * e + c0) * n * size), (width, n), scalar)
+            rates = carray(pointer(A + c0 * n * size), (width, n), scalar)
+            b_row = carray(pointer(B + i * B_row * size), n, scalar)
+            c_row = carray(pointer(C + i * C_row * size), n, scalar)
+            if dt_bias:
+                bias = carray(pointer(dt_bias + c0 * size), width, scalar)
+                for c in range(width):
+                    out[c] = raw[c] + bias[c]
+            else:
+                for c in range(width):
+                    out[c] = raw[c]
+            if dt_softplus:
+                for c in range(width):
+                    out[c] = softplus(out[c])
+            for c in range(width):
+                out[c] = _step_channel(h[c], rates[c], b_row, c_row, out[c], u[c])
+            if D:
+                skip = carray(pointer(D + c0 * size), width, scalar)
+                for c in range(width):
+                    out[c] += skip[c] * u[c]
+            if z:
+                gate = carray(pointer(z + (i * z_row + c0) * size), width, scalar)
+                for c in range(width):
+                    out[c] *= silu(gate[c])
+            block = next_ticket(words)
+
+    return kernel
+
+
+@jit
+def _step_channel(h, A, B, C, step, u):
+    """One token of one channel: h (n,) in place; returns h C."""
+    n = h.shape[0]
+    whole = n // _LANES * _LANES
+    total = h.dtype.type(0)
+    # A constant length, so that LLVM takes one vector and not several at once, which n seldom fills.
+    for k0 in range(0, whole, _LANES):
+        for k in range(k0, k0 + _LANES):
+            new = exp(step * A[k]) * h[k] + step * u * B[k]
+            h[k] = new
+            total += new * C[k]
+    for k in range(whole, n):
+        new = exp(step * A[k]) * h[k] + step * u * B[k]
+        h[k] = new
+        total += new * C[k]
+    return total
