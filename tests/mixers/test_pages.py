@@ -1,0 +1,26 @@
+"""docs/mixers: a page for each mixer, whose example runs and prints what it says."""
+
+import contextlib
+import io
+import re
+from pathlib import Path
+
+import pytest
+
+from longwave.mixers import CHANNELS, MIXERS
+
+PAGES = Path(__file__).parents[2] / "docs" / "mixers"
+
+
+def test_every_mixer_has_a_page():
+    assert {page.stem for page in PAGES.glob("*.md")} == {*MIXERS, *CHANNELS, "README"}
+
+
+@pytest.mark.parametrize("kind", [*MIXERS, *CHANNELS])
+def test_the_example_prints_what_it_says(kind):
+    (example,) = re.findall(r"```python\n(.*?)```", (PAGES / f"{kind}.md").read_text(), re.DOTALL)
+    said = re.findall(r"^print\(.*\)  +# (.*)$", example, re.MULTILINE)
+    assert len(said) >= 2
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        exec(compile(example, f"{kind}.md", "exec"), {})
+    assert printed.getvalue().splitlines() == said
