@@ -2,67 +2,50 @@
 
 import dataclasses
 import errno
-import json
+import multiprocessing
 import random
-import subprocess
-import sys
+import signal
 import time
 from pathlib import Path
 
 import pytest
 
 import longwave
-from longwave.config import to_dict
 from longwave.errors import LongwaveError, UsageError
+from longwave.hub.run_folder import complete_checkpoints
 from longwave.training import checkpoint
-from longwave.training.checkpoint import complete
-from longwave.training.config import Optim
+from longwave.training.config import Optim, Train
 from longwave.training.log import read_log
 from longwave.training.loop import train
 
-CHILD = """
-import sys
-sys.path.insert(0, {tests!r})
-import torch
-torch.set_num_threads(1)
-from longwave.config import from_dict
-from longwave.mixers import MIXERS, CHANNELS
-from longwave.training.config import Train
-from longwave.training.loop import train
-import json
-kinds = {{kind: cls.Config for kind, cls in (MIXERS | CHANNELS).items()}}
-kinds["text"] = __import__("longwave.tasks.text", fromlist=["Text"]).Text.Config
-print("ready", flush=True)
-train(from_dict(Train.Config, json.loads(sys.argv[1]), kinds))
-"""
 
-
-def test_kill_at_any_moment_leaves_the_last_checkpoint_loadable(make):
+def test_kill_at_any_moment_leaves_the_last_checkpoint_loadable(make, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # of the processes below
     config = make(steps=100_000, checkpoint_every=1, resume="auto", sample_tokens=0)
-    child = CHILD.format(tests=str(Path(__file__).parent))
+    start = multiprocessing.get_context("forkserver")
+    start.set_forkserver_preload(["longwave.training.loop", "torch._dynamo"])  # imported once for all
     draw = random.Random(1)
     reached = 0
     for _ in range(6):
-        command = [sys.executable, "-c", child, json.dumps(to_dict(config))]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
-            process.stdout.readline()  # ready
-            before = len(complete(config.out)) and complete(config.out)[-1].name
-            deadline = time.monotonic() + 60
-            while time.monotonic() < deadline and process.poll() is None:
-                if complete(config.out) and complete(config.out)[-1].name != before:
-                    break
-                time.sleep(0.01)
-            time.sleep(draw.random() * 0.2)  # somewhere in a step, in a write, in a rename
-            process.kill()
-        newest = complete(config.out)[-1]
-        step = int(newest.name.removeprefix("step-"))
-        assert step > reached, "the run goes on where it was killed"
-        reached = step
-        longwave.load(newest)
+        process = start.Process(target=train, args=(config,))
+        process.start()
+        while process.is_alive() and _newest_step(config) == reached:
+            time.sleep(0.005)
+        time.sleep(draw.random() * 0.2)  # somewhere in a step, in a write, in a rename
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        assert _newest_step(config) > reached, "the run goes on where it was killed"
+        reached = _newest_step(config)
+        longwave.load(complete_checkpoints(config.out)[-1])
     train(dataclasses.replace(config, steps=reached + 1))
     steps = [entry["step"] for entry in read_log(config.out) if entry["event"] == "step"]
     assert steps == list(range(1, reached + 2)), "every step is in the log once"
     assert not list(Path(config.out, "checkpoints").glob(".*")), "half-written folders are cleared away"
+
+
+def _newest_step(config: Train.Config) -> int:
+    return max((int(folder.name.removeprefix("step-")) for folder in complete_checkpoints(config.out)), default=0)
 
 
 def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(make, monkeypatch):
@@ -73,9 +56,9 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(make, monkeypatch
         train(dataclasses.replace(config, steps=4, resume="auto"))
     assert caught.value.exit_status == 1
     assert "\n" not in str(caught.value)
-    assert [folder.name for folder in complete(config.out)] == ["step-00000002"]
+    assert [folder.name for folder in complete_checkpoints(config.out)] == ["step-00000002"]
     assert not list(Path(config.out, "checkpoints").glob(".*"))
-    longwave.load(complete(config.out)[-1])
+    longwave.load(config.out)
 
 
 def _no_space(*_):
@@ -90,24 +73,24 @@ def test_other_oserrors_pass(tmp_path):
 def test_a_damaged_checkpoint_is_passed_over(make):
     config = make(steps=4, checkpoint_every=2, keep=3)
     train(config)
-    older, newer = complete(config.out)
+    older, newer = complete_checkpoints(config.out)
     weights = newer / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
-    assert complete(config.out) == [older]
+    assert complete_checkpoints(config.out) == [older]
     train(dataclasses.replace(config, resume="auto"))
-    assert complete(config.out) == [older, newer]
+    assert complete_checkpoints(config.out) == [older, newer]
 
 
 def test_the_newest_are_kept(make):
     config = make(steps=5, checkpoint_every=1, keep=2)
     train(config)
-    assert [folder.name for folder in complete(config.out)] == ["step-00000004", "step-00000005"]
+    assert [folder.name for folder in complete_checkpoints(config.out)] == ["step-00000004", "step-00000005"]
 
 
 def test_nothing_is_pickled(make):
     config = make(steps=1)
     train(config)
-    assert {path.suffix for path in complete(config.out)[-1].iterdir()} <= {".json", ".safetensors"}
+    assert {path.suffix for path in complete_checkpoints(config.out)[-1].iterdir()} <= {".json", ".safetensors"}
 
 
 def test_a_run_is_not_overwritten(make):
@@ -132,13 +115,15 @@ def test_resume_names_what_differs(make):
 def test_resume_from_a_named_checkpoint(make, tmp_path):
     config = make(steps=4, checkpoint_every=2)
     train(config)
-    first = complete(config.out)[0]
+    first = complete_checkpoints(config.out)[0]
     with pytest.raises(UsageError, match="newer"):
         train(dataclasses.replace(config, resume=str(first)))
     elsewhere = dataclasses.replace(config, resume=str(first), out=str(tmp_path / "fork"))
     train(elsewhere)
     newest = "model.safetensors"
-    assert (complete(elsewhere.out)[-1] / newest).read_bytes() == (complete(config.out)[-1] / newest).read_bytes()
+    assert (complete_checkpoints(elsewhere.out)[-1] / newest).read_bytes() == (
+        complete_checkpoints(config.out)[-1] / newest
+    ).read_bytes()
     with pytest.raises(UsageError, match=r"not a complete checkpoint.*step-00000004"):
         train(dataclasses.replace(config, resume=config.out))
 

@@ -11,10 +11,10 @@ import torch
 
 import longwave
 from longwave.errors import LongwaveError, UsageError
+from longwave.hub.run_folder import complete_checkpoints
 from longwave.mixers import Attention, Mamba2, SwiGLU
 from longwave.models.language_model import LanguageModel
 from longwave.tasks.text import IGNORE, Text
-from longwave.training.checkpoint import complete
 from longwave.training.config import Optim, Train
 from longwave.training.interrupt import Interrupted
 from longwave.training.job import Job
@@ -27,7 +27,7 @@ def losses(config: Train.Config) -> list[float]:
 
 
 def optimizer_file(config: Train.Config) -> bytes:
-    return (complete(config.out)[-1] / "optimizer.safetensors").read_bytes()
+    return (complete_checkpoints(config.out)[-1] / "optimizer.safetensors").read_bytes()
 
 
 def test_two_halves_equal_the_whole_bit_for_bit(make, tmp_path):
@@ -68,7 +68,7 @@ def test_ctrl_c_restores_the_handlers_and_gives_the_shells_status(make):
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
     assert Interrupted("", signal.SIGINT).exit_status == 130
     assert Interrupted("", signal.SIGTERM).exit_status == 143
-    assert complete(config.out)[-1].name == "step-00000002"
+    assert complete_checkpoints(config.out)[-1].name == "step-00000002"
 
 
 def test_a_second_ctrl_c_stops_at_once(make, monkeypatch):
@@ -85,7 +85,7 @@ def test_a_second_ctrl_c_stops_at_once(make, monkeypatch):
 def test_a_checkpoint_is_a_model_folder(make):
     config = make(steps=2)
     trained = train(config)
-    loaded = longwave.load(complete(config.out)[-1])
+    loaded = longwave.load(config.out)  # the newest checkpoint of the run
     tokens = torch.arange(20)[None]
     assert torch.equal(trained.model(tokens)[0], loaded.model(tokens)[0])
     assert str(loaded.complete("st", max_tokens=5, seed=1)) == str(trained.complete("st", max_tokens=5, seed=1))
@@ -115,9 +115,15 @@ def test_bits_per_byte_of_a_uniform_model(make, corpus):
         torch.nn.init.zeros_(parameter)  # all logits 0: every token is as likely as any
     targets = sum(int((batch.targets != IGNORE).sum()) for batch in job.task.validation())
     held_out = len(corpus.read_bytes()) * 0.05
-    bits = job.bits_per_byte() * held_out
-    assert bits == pytest.approx(math.log2(257) * targets, rel=0.01)
-    assert job.bits_per_byte() == pytest.approx(math.log2(257), rel=0.01)
+    bits_per_byte, n_bytes = job.bits_per_byte()
+    assert n_bytes == pytest.approx(held_out, abs=2)
+    assert bits_per_byte == pytest.approx(math.log2(257) * targets / n_bytes, rel=1e-6)
+
+
+def test_an_evaluation_may_read_a_part(make):
+    whole, part = Job(make(eval_tokens=0)), Job(make(eval_tokens=100))
+    assert 64 <= part.bits_per_byte()[1] <= 200 < whole.bits_per_byte()[1]
+    assert part.bits_per_byte() == part.bits_per_byte()
 
 
 def test_bfloat16_keeps_the_parameters_in_float32(make):
@@ -151,7 +157,7 @@ def test_a_nan_parameter_is_named(make, monkeypatch):
     assert message.startswith("step 4: the loss is nan")
     assert f"{poisoned.removesuffix('.weight')} (Linear)" in message
     assert "step-00000002" in message
-    assert complete(config.out)[-1].name == "step-00000002"
+    assert complete_checkpoints(config.out)[-1].name == "step-00000002"
 
 
 def test_a_run_in_minutes_ends_in_time_and_reaches_the_final_rate(make):
@@ -188,7 +194,7 @@ def test_a_hybrid_learns_python(tmp_path):
         task=Text.Config(paths=files, seq_len=128, split="tail", cache_dir=str(tmp_path / "cache")),
         optim=Optim.Config(lr=1e-2),
         out=str(tmp_path / "run"),
-        steps=120,
+        steps=60,
         batch_size=8,
         eval_every=0,
         checkpoint_every=0,

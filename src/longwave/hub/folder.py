@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from longwave.errors import LongwaveError, UsageError
+from longwave.hub.run_folder import complete_checkpoints
 from longwave.models.saving import Stored, first_line, open_safetensors
 
 WEIGHT_FILES = (
@@ -20,10 +21,10 @@ WEIGHT_FILES = (
 
 
 def find_folder(path: str | Path) -> Path:
-    """`path` as a folder that exists. Raises UsageError with the way out."""
+    """`path` as a folder that exists; of a training run, its newest checkpoint. Raises UsageError with the way out."""
     folder = Path(path).expanduser()
     if folder.is_dir():
-        return folder
+        return next(reversed(complete_checkpoints(folder)), folder)
     if folder.exists():
         raise UsageError(f"{path} is a file; name the folder that holds config.json and the weights: {folder.parent}")
     published = str(path).count("/") == 1 and not str(path).startswith((".", "~", "/"))

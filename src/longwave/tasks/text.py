@@ -115,13 +115,15 @@ class Text:
         first = np.array([self._window(*divmod(int(i), self._n_windows)) for i in number])
         return _batch(self._train.windows(first, self.config.seq_len + 1))
 
-    def validation(self, size: int = 8) -> Iterator[Batch]:
+    def validation(self, size: int = 8, tokens: int | None = None) -> Iterator[Batch]:
         """The held-out text from its beginning to its end, in batches of `size` rows or, the last, fewer.
 
-        Every token but the first of each document is a target once.
+        Every token but the first of each document is a target once. With `tokens`, about so many of them only: every
+        k-th window, always the same ones.
         """
         n, seq_len = self._held_out.n_tokens, self.config.seq_len
-        first = np.arange(0, n - 1, seq_len)
+        every = 1 if tokens is None else max(n // max(tokens, seq_len), 1)
+        first = np.arange(0, n - 1, seq_len * every)
         for rows in range(0, len(first), size):
             wanted = first[rows : rows + size]
             fitting = np.minimum(wanted, n - 1 - seq_len)

@@ -26,12 +26,13 @@ from torch import Tensor, nn
 from longwave.config import to_dict
 from longwave.errors import LongwaveError, UsageError
 from longwave.generate.text_model import TextModel
+from longwave.hub.run_folder import complete_checkpoints, is_complete
 from longwave.models.saving import open_safetensors, write_safetensors, write_text
 from longwave.training.config import Train
 from longwave.training.progress import Progress
 
 FREE_KEYS = {
-    "out", "steps", "minutes", "device", "compile", "eval_every", "checkpoint_every", "keep",
+    "out", "steps", "minutes", "device", "compile", "eval_every", "eval_tokens", "checkpoint_every", "keep",
     "sample_prompt", "sample_tokens", "resume",
 }  # fmt: skip
 """Settings that may change when a run goes on: those that do not touch the steps, and the length, which may grow."""
@@ -60,14 +61,9 @@ def save(text_model: TextModel, optimizer: torch.optim.Optimizer, progress: Prog
     return folder
 
 
-def complete(out: str | Path) -> list[Path]:
-    """The complete checkpoints of a run, oldest first."""
-    return [folder for folder in sorted(_home(out).glob("step-*")) if _is_complete(folder)]
-
-
 def find(config: Train.Config) -> Path | None:
     """The checkpoint that `config.resume` means, None to begin afresh. UsageError where that loses a run."""
-    present = complete(config.out)
+    present = complete_checkpoints(config.out)
     if config.resume is None:
         if present:
             raise UsageError(
@@ -78,8 +74,12 @@ def find(config: Train.Config) -> Path | None:
     if config.resume == "auto":
         return present[-1] if present else None
     folder = Path(config.resume)
-    if not _is_complete(folder):
-        hint = f"; complete ones there: {', '.join(map(str, complete(folder)))}" if complete(folder) else ""
+    if not is_complete(folder):
+        hint = (
+            f"; complete ones there: {', '.join(map(str, complete_checkpoints(folder)))}"
+            if complete_checkpoints(folder)
+            else ""
+        )
         raise UsageError(f"{folder} is not a complete checkpoint of a training run{hint}")
     if present and _step(present[-1]) > _step(folder):
         raise UsageError(f"{config.out} holds {present[-1].name}, newer than {folder}: name another --out")
@@ -106,7 +106,7 @@ def full_disk_in_one_line(out: str | Path) -> Iterator[None]:
     except (OSError, LongwaveError) as error:
         if not any(_is_full_disk(cause) for cause in (error, error.__cause__)):
             raise
-        present = complete(out)
+        present = complete_checkpoints(out)
         safe = f"{present[-1]} is intact" if present else "no checkpoint had been written yet"
         raise LongwaveError(
             f"the disk that holds {out} is full; {safe}. Make room, then go on with --resume auto"
@@ -126,17 +126,9 @@ def _step(folder: Path) -> int:
     return json.loads((folder / "trainer.json").read_text(encoding="utf-8"))["progress"]["step"]
 
 
-def _is_complete(folder: Path) -> bool:
-    try:
-        sizes = json.loads((folder / "trainer.json").read_text(encoding="utf-8"))["files"]
-        return all((folder / name).stat().st_size == size for name, size in sizes.items())
-    except (OSError, ValueError, KeyError, AttributeError, TypeError):
-        return False
-
-
 def _delete_old(out: str | Path, keep: int) -> None:
     """Delete all but the newest `keep` checkpoints, and what killed processes left half written."""
-    kept = complete(out)[-keep:]
+    kept = complete_checkpoints(out)[-keep:]
     for folder in _home(out).iterdir():
         if folder.name.startswith(".step-") or (folder.name.startswith("step-") and folder < kept[0]):
             shutil.rmtree(folder)

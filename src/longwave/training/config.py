@@ -97,6 +97,9 @@ class Train:
         eval_every: int = 200
         """Steps between evaluations on the held-out split; there is always one at the end. 0: only that one."""
 
+        eval_tokens: int = 100_000
+        """Held-out tokens that an evaluation reads, the same ones each time, spread evenly. 0: all of them."""
+
         checkpoint_every: int = 200
         """Steps between checkpoints; there is always one at the end. 0: only that one."""
 
@@ -116,7 +119,7 @@ class Train:
             for name in ("batch_size", "accumulation", "keep"):
                 if getattr(self, name) < 1:
                     raise UsageError(f"{name} must be at least 1, got {getattr(self, name)}")
-            for name in ("eval_every", "checkpoint_every", "sample_tokens"):
+            for name in ("eval_every", "eval_tokens", "checkpoint_every", "sample_tokens"):
                 if getattr(self, name) < 0:
                     raise UsageError(f"{name} must be 0 or more, got {getattr(self, name)}")
             for name in ("steps", "minutes"):

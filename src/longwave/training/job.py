@@ -59,14 +59,14 @@ class Job:
         return total
 
     @torch.no_grad()
-    def bits_per_byte(self) -> float:
-        """Bits per byte of the held-out text: the summed loss over the bytes that its targets stand for."""
+    def bits_per_byte(self) -> tuple[float, int]:
+        """Bits per byte of the held-out text, and the bytes of it that were read: those that its targets stand for."""
         self.model.eval()
         nats, n_bytes = 0.0, 0
-        for batch in self.task.validation(self.config.batch_size):
+        for batch in self.task.validation(self.config.batch_size, self.config.eval_tokens or None):
             nats += self._summed_loss(batch).item()
             n_bytes += batch.n_bytes
-        return nats / math.log(2) / n_bytes
+        return nats / math.log(2) / n_bytes, n_bytes
 
     def _summed_loss(self, batch: Batch) -> Tensor:
         tokens, targets, reset = (tensor.to(self.device, non_blocking=True) for tensor in batch[:3])

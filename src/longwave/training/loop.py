@@ -8,6 +8,7 @@ from torch.nn.utils import clip_grad_norm_
 from longwave.config import to_dict
 from longwave.errors import LongwaveError
 from longwave.generate.text_model import TextModel
+from longwave.hub.run_folder import complete_checkpoints
 from longwave.training import checkpoint
 from longwave.training.config import Train
 from longwave.training.environment import command, environment
@@ -68,11 +69,12 @@ def train(config: Train.Config) -> TextModel:
             stop = interrupt.signal_number
             last = budget.spent(progress)
             if not stop and _due(progress.step, config.eval_every, last):
-                progress.evaluated(job.bits_per_byte())
-                log.write("eval", progress.step, bits_per_byte=progress.bits_per_byte)
+                bits_per_byte, n_bytes = job.bits_per_byte()
+                progress.evaluated(bits_per_byte)
+                log.write("eval", progress.step, bits_per_byte=bits_per_byte, n_bytes=n_bytes)
                 if config.sample_tokens:
                     log.write("sample", progress.step, text=_sample(job))
-                live.note(f"step {progress.step}: {progress.bits_per_byte:.3f} bits per byte on the held-out text")
+                live.note(f"step {progress.step}: {bits_per_byte:.3f} bits per byte on {n_bytes:,} held-out bytes")
             if stop or _due(progress.step, config.checkpoint_every, last):
                 folder = checkpoint.save(job.text_model, job.optimizer, progress, config)
                 log.write("checkpoint", progress.step, folder=str(folder))
@@ -111,6 +113,6 @@ def _explain(job: Job, step: int, loss: float) -> str:
     job.loss = job.model.loss  # hooks want the modules as they are, not compiled
     where = first_nonfinite(job.model, lambda: job.gradients(step))
     what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient is not finite (loss {loss:.4g})"
-    present = checkpoint.complete(job.config.out)
+    present = complete_checkpoints(job.config.out)
     safe = f"The newest checkpoint is {present[-1]}. " if present else ""
     return f"step {step + 1}: {what}. It begins in {where}. {safe}Try a lower --optim.lr or a longer --optim.warmup"

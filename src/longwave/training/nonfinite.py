@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 
-def first_nonfinite(model: nn.Module, backward: Callable[[], None]) -> str:
+def first_nonfinite(model: nn.Module, backward: Callable[[], object]) -> str:
     """Run `backward` (forward passes and loss.backward()) again under hooks and say where the trouble begins.
 
     The innermost module whose output is the first not to be finite; else the module through which the gradient first

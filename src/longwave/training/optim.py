@@ -15,7 +15,7 @@ def adamw(model: nn.Module, config: Optim.Config) -> torch.optim.AdamW:
         {"params": list(decayed.values()), "weight_decay": config.weight_decay},
         {"params": list(free.values()), "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
 
 
 def decay_groups(model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:

@@ -75,7 +75,8 @@ def _tiles(events: dict[str, list[dict[str, Any]]]) -> str:
     tiles = [(thousands(start["parameters"]), "parameters")]
     if evals:
         best = min(evals, key=lambda entry: entry["bits_per_byte"])
-        tiles.append((f"{evals[-1]['bits_per_byte']:.3f}", "bits per byte, held-out text"))
+        last = evals[-1]
+        tiles.append((f"{last['bits_per_byte']:.3f}", f"bits per byte, {last['n_bytes']:,} held-out bytes"))
         tiles.append((f"{best['bits_per_byte']:.3f}", f"best, after step {best['step']}"))
     if steps:
         seconds = sum(entry["seconds"] for entry in steps)
