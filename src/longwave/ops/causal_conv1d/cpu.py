@@ -13,7 +13,8 @@ from longwave.ops.numba_math import jit, sigmoid
 from longwave.ops.rows import flat
 from longwave.ops.threads import parallel_for
 
-_BLOCK = 128
+_BLOCK = 128  # channels
+_TILE = 32  # tokens whose inputs lie in the first-level cache together
 
 
 def forward(x, weight, bias, silu, initial_state, reset, lengths) -> tuple[Tensor, Tensor]:
@@ -139,77 +140,94 @@ def _ages(reset, w):
 
 
 @jit
-def _accumulate(acc, x, x_row, x_time, e, window, taps, bias, age, i, t, c0, c1):
-    """acc[:] = bias + sum_j taps[j] * x_{t-j} for channels c0..c1 of row i."""
-    w = taps.shape[0]
-    for c in range(c0, c1):
-        acc[c - c0] = bias[c]
-    for j in range(age[i, t] + 1):
-        source, base = (x, i * x_row + (t - j) * x_time) if t >= j else (window, (i * (w - 1) + w - 1 + t - j) * e)
-        for c in range(c0, c1):
-            acc[c - c0] += taps[j, c] * source[base + c]
-
-
-@jit
 def _forward_block(x, x_row, x_time, l, e, window, taps, bias, age, ends, silu, y, i, c0, c1):
-    acc = np.empty(c1 - c0, y.dtype)
-    for t in range(ends[i]):
-        _accumulate(acc, x, x_row, x_time, e, window, taps, bias, age, i, t, c0, c1)
-        out = (i * l + t) * e
+    w, width = taps.shape[0], c1 - c0
+    local_taps, offset = taps[:, c0:c1].copy(), bias[c0:c1].copy()
+    rows, sums = np.empty((w - 1 + _TILE, width), y.dtype), np.empty((_TILE, width), y.dtype)
+    for t0 in range(0, ends[i], _TILE):
+        n = min(_TILE, ends[i] - t0)
+        _read_tile(rows, x, x_row, x_time, e, window, w, i, t0, n, c0)
+        _convolve(rows, local_taps, offset, age[i], t0, n, sums)
         if silu:
-            for c in range(c0, c1):
-                y[out + c] = acc[c - c0] * sigmoid(acc[c - c0])
-        else:
-            for c in range(c0, c1):
-                y[out + c] = acc[c - c0]
+            for s in range(n):
+                for c in range(width):
+                    sums[s, c] = sums[s, c] * sigmoid(sums[s, c])
+        for s in range(n):
+            out = (i * l + t0 + s) * e
+            y[out + c0 : out + c1] = sums[s]
     for t in range(ends[i], l):
-        for c in range(c0, c1):
-            y[(i * l + t) * e + c] = 0
+        y[(i * l + t) * e + c0 : (i * l + t) * e + c1] = 0
 
 
 @jit
 def _backward_block(
-    x,
-    x_row,
-    x_time,
-    l,
-    e,
-    window,
-    taps,
-    bias,
-    age,
-    ends,
-    silu,
-    dy,
-    dy_row,
-    dy_time,
-    dx,
-    dtaps,
-    dbias,
-    i,
-    c0,
-    c1,
+    x, x_row, x_time, l, e, window, taps, bias, age, ends, silu, dy, dy_row, dy_time, dx, dtaps, dbias, i, c0, c1
 ):
-    w = taps.shape[0]
-    acc = np.empty(c1 - c0, dx.dtype)
-    for t in range(ends[i]):
-        base = i * dy_row + t * dy_time
+    w, width = taps.shape[0], c1 - c0
+    local_taps, offset = taps[:, c0:c1].copy(), bias[c0:c1].copy()
+    rows, sums = np.empty((w - 1 + _TILE, width), dx.dtype), np.empty((_TILE, width), dx.dtype)
+    drows = np.zeros((w - 1 + _TILE, width), dx.dtype)
+    dlocal_taps, doffset = np.zeros((w, width), dx.dtype), np.zeros(width, dx.dtype)
+    for t0 in range(0, ends[i], _TILE):
+        n = min(_TILE, ends[i] - t0)
+        _read_tile(rows, x, x_row, x_time, e, window, w, i, t0, n, c0)
         if silu:
-            _accumulate(acc, x, x_row, x_time, e, window, taps, bias, age, i, t, c0, c1)
-            for c in range(c0, c1):
-                s = sigmoid(acc[c - c0])
-                acc[c - c0] = dy[base + c] * s * (1 + acc[c - c0] * (1 - s))
+            _convolve(rows, local_taps, offset, age[i], t0, n, sums)
+        for s in range(n):
+            start = i * dy_row + (t0 + s) * dy_time + c0
+            slope = dy[start : start + width]
+            if silu:
+                for c in range(width):
+                    gate = sigmoid(sums[s, c])
+                    sums[s, c] = slope[c] * gate * (1 + sums[s, c] * (1 - gate))
+            else:
+                sums[s] = slope
+            for c in range(width):
+                doffset[c] += sums[s, c]
+        for s in range(n):
+            for j in range(age[i, t0 + s] + 1):
+                for c in range(width):
+                    drows[s + w - 1 - j, c] += local_taps[j, c] * sums[s, c]
+                    dlocal_taps[j, c] += sums[s, c] * rows[s + w - 1 - j, c]
+        # Rows that no later token reaches are done; the last w-1 are carried on.
+        last = t0 + n == ends[i]
+        for s in range(n + w - 1 if last else n):
+            out = (i * (l + w - 1) + t0 + s) * e
+            dx[out + c0 : out + c1] += drows[s]
+        drows[: w - 1] = drows[n : n + w - 1].copy()
+        drows[w - 1 :] = 0
+    dtaps[i, :, c0:c1] = dlocal_taps
+    dbias[i, c0:c1] = doffset
+
+
+@jit
+def _read_tile(rows, x, x_row, x_time, e, window, w, i, t0, n, c0):
+    """rows[s] = the input at time t0 - (w-1) + s, for the channels from c0 on; before time 0, the initial state."""
+    width = rows.shape[1]
+    for s in range(w - 1 + n):
+        t = t0 - (w - 1) + s
+        if t >= 0:
+            start = i * x_row + t * x_time + c0
+            rows[s] = x[start : start + width]
         else:
-            for c in range(c0, c1):
-                acc[c - c0] = dy[base + c]
-        for c in range(c0, c1):
-            dbias[i, c] += acc[c - c0]
-        for j in range(age[i, t] + 1):
-            source, at = (x, i * x_row + (t - j) * x_time) if t >= j else (window, (i * (w - 1) + w - 1 + t - j) * e)
-            out = (i * (l + w - 1) + w - 1 + t - j) * e
-            for c in range(c0, c1):
-                dx[out + c] += taps[j, c] * acc[c - c0]
-                dtaps[i, j, c] += acc[c - c0] * source[at + c]
+            start = (i * (w - 1) + w - 1 + t) * e + c0
+            rows[s] = window[start : start + width]
+
+
+@jit
+def _convolve(rows, taps, bias, age, t0, n, sums):
+    """sums[s] = bias + sum_j taps[j] * (the input j tokens before t0 + s), over the inputs of its document."""
+    w, width = taps.shape
+    for s in range(n):
+        if w == 4 and age[t0 + s] == 3:  # the usual case, in one pass
+            for c in range(width):
+                recent = taps[0, c] * rows[s + 3, c] + taps[1, c] * rows[s + 2, c]
+                sums[s, c] = bias[c] + recent + taps[2, c] * rows[s + 1, c] + taps[3, c] * rows[s, c]
+            continue
+        sums[s] = bias
+        for j in range(age[t0 + s] + 1):
+            for c in range(width):
+                sums[s, c] += taps[j, c] * rows[s + w - 1 - j, c]
 
 
 @jit
