@@ -220,6 +220,17 @@ def test_compiles_whole(case, documents):
         torch.testing.assert_close(grads[1], grads[0], atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("case", PLAIN)
+def test_steps_compile_whole(case):
+    torch._dynamo.reset()
+    mixer, x = build(case, torch.float32), torch.randn(3, 2, D)
+    step = torch.compile(mixer.step, fullgraph=True, backend="aot_eager")
+    states = [mixer.init_state(2, length=3) for _ in range(2)]
+    for token in x:
+        torch.testing.assert_close(step(token, states[0]), mixer.step(token, states[1]))
+    assert_same_state(*states)
+
+
 @every_case
 def test_bfloat16_autocast(case):
     mixer, x = build(case, torch.float32), torch.randn(2, L, D, requires_grad=True)

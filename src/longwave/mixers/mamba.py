@@ -11,6 +11,7 @@ from torch.nn.functional import linear
 from longwave.errors import UsageError
 from longwave.mixers.base import check_positive, compute_dtype, reset_children
 from longwave.mixers.norm import RMSNorm
+from longwave.mixers.projection import project_token
 from longwave.mixers.ssm_parameters import Float32Parameters, check_dt_range, float32_parameter, init_dt_bias
 from longwave.ops.causal_conv1d import causal_conv1d, causal_conv1d_step
 from longwave.ops.checks import state_dtype
@@ -144,13 +145,13 @@ class Mamba(Float32Parameters):
 
     @torch.no_grad()
     def step(self, x: Tensor, state: MambaState) -> Tensor:
-        x, z = self.in_proj(x).chunk(2, dim=-1)  # (b, e)
+        x, z = project_token(self.in_proj, x).chunk(2, dim=-1)  # (b, e)
         x = causal_conv1d_step(state.conv, x, self.conv1d.weight.squeeze(1), self.conv1d.bias, activation="silu")
         dt, B, C = self._select(x)
         A = -torch.exp(self.A_log)
         bias = self.dt_proj.bias
         y = selective_scan_step(state.ssm, x, dt, A, B, C, D=self.D, z=z, dt_bias=bias, dt_softplus=True)
-        return self.out_proj(y)
+        return project_token(self.out_proj, y)
 
     def _select(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What each token chooses: dt (..., e), before its bias and softplus, B and C (..., n)."""

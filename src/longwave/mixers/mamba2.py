@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from longwave.errors import UsageError
 from longwave.mixers.base import check_positive, compute_dtype, reset_children
 from longwave.mixers.norm import RMSNorm
+from longwave.mixers.projection import project_token
 from longwave.mixers.ssm_parameters import Float32Parameters, check_dt_range, float32_parameter, init_dt_bias
 from longwave.ops.causal_conv1d import causal_conv1d, causal_conv1d_step
 from longwave.ops.checks import state_dtype
@@ -135,10 +136,10 @@ class Mamba2(Float32Parameters):
 
     @torch.no_grad()
     def step(self, x: Tensor, state: Mamba2State) -> Tensor:
-        z, xBC, dt = self.in_proj(x).split((self.d_inner, self.conv1d.in_channels, self.n_heads), dim=-1)
+        z, xBC, dt = project_token(self.in_proj, x).split((self.d_inner, self.conv1d.in_channels, self.n_heads), dim=-1)
         xBC = causal_conv1d_step(state.conv, xBC, self.conv1d.weight.squeeze(1), self.conv1d.bias, activation="silu")
         y = ssd_step(state.ssm, *self._scan_inputs(xBC, dt), **self._scan_options())
-        return self.out_proj(self.norm(y.flatten(-2), z))
+        return project_token(self.out_proj, self.norm(y.flatten(-2), z))
 
     def _scan_inputs(self, xBC: Tensor, dt: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """x (..., h, p), dt (..., h), A (h,), B and C (..., g, n)."""
