@@ -25,7 +25,6 @@ _WIDTH = 64
 _CHUNK_LEN = 32  # where no states are kept
 _STEP_CHANNELS = 256  # in a block of `step`
 _STEP_ELEMENTS = 8192  # of the state, for which another thread is worth starting
-_LANES = 16
 _LOG2E = math.log2(math.e)
 _LN2 = math.log(2)
 
@@ -376,52 +375,46 @@ def _step_kernel(dtype: torch.dtype) -> Any:
         while block < b * blocks:
             i, c0 = block // blocks, block % blocks * _STEP_CHANNELS
             width = min(_STEP_CHANNELS, e - c0)
-            out = carray(pointer(y + (i * e + c0) * size), width, scalar)
-            u = carray(pointer(x + (i * x_row + c0) * size), width, scalar)
-            raw = carray(pointer(dt + (i * dt_row + c0) * size), width, scalar)
-            h = carray(pointer(state + (i * e + c0) * n * size), (width, n), scalar)
-            rates = carray(pointer(A + c0 * n * size), (width, n), scalar)
-            b_row = carray(pointer(B + i * B_row * size), n, scalar)
-            c_row = carray(pointer(C + i * C_row * size), n, scalar)
-            if dt_bias:
-                bias = carray(pointer(dt_bias + c0 * size), width, scalar)
-                for c in range(width):
-                    out[c] = raw[c] + bias[c]
-            else:
-                for c in range(width):
-                    out[c] = raw[c]
-            if dt_softplus:
-                for c in range(width):
-                    out[c] = softplus(out[c])
-            for c in range(width):
-                out[c] = _step_channel(h[c], rates[c], b_row, c_row, out[c], u[c])
-            if D:
-                skip = carray(pointer(D + c0 * size), width, scalar)
-                for c in range(width):
-                    out[c] += skip[c] * u[c]
-            if z:
-                gate = carray(pointer(z + (i * z_row + c0) * size), width, scalar)
-                for c in range(width):
-                    out[c] *= silu(gate[c])
+            _step_block(
+                carray(pointer(state + (i * e + c0) * n * size), (width, n), scalar),
+                carray(pointer(x + (i * x_row + c0) * size), width, scalar),
+                carray(pointer(dt + (i * dt_row + c0) * size), width, scalar),
+                carray(pointer(A + c0 * n * size), (width, n), scalar),
+                carray(pointer(B + i * B_row * size), n, scalar),
+                carray(pointer(C + i * C_row * size), n, scalar),
+                carray(pointer(D + c0 * size), width if D else 0, scalar),
+                carray(pointer(z + (i * z_row + c0) * size), width if z else 0, scalar),
+                carray(pointer(dt_bias + c0 * size), width if dt_bias else 0, scalar),
+                dt_softplus,
+                carray(pointer(y + (i * e + c0) * size), width, scalar),
+            )
             block = next_ticket(words)
 
     return kernel
 
 
 @jit
-def _step_channel(h, A, B, C, step, u):
-    """One token of one channel: h (n,) in place; returns h C."""
-    n = h.shape[0]
-    whole = n // _LANES * _LANES
-    total = h.dtype.type(0)
-    # A constant length, so that LLVM takes one vector and not several at once, which n seldom fills.
-    for k0 in range(0, whole, _LANES):
-        for k in range(k0, k0 + _LANES):
-            new = exp(step * A[k]) * h[k] + step * u * B[k]
-            h[k] = new
-            total += new * C[k]
-    for k in range(whole, n):
-        new = exp(step * A[k]) * h[k] + step * u * B[k]
-        h[k] = new
-        total += new * C[k]
-    return total
+def _step_block(h, x, dt, A, B, C, D, z, dt_bias, dt_softplus, y):
+    """One token; D, z and dt_bias are empty where absent."""
+    width, n = h.shape
+    for c in range(width):
+        y[c] = dt[c]
+    for c in range(len(dt_bias)):
+        y[c] += dt_bias[c]
+    if dt_softplus:
+        for c in range(width):
+            y[c] = softplus(y[c])
+    for c in range(width):
+        step, entry, one, rate = y[c], y[c] * x[c], h[c], A[c]
+        for k in range(n):
+            one[k] = exp(step * rate[k]) * one[k] + entry * B[k]
+    # A loop of its own: each sum waits for itself, and would hold up the exponentials.
+    for c in range(width):
+        one, total = h[c], y.dtype.type(0)
+        for k in range(n):
+            total += one[k] * C[k]
+        y[c] = total
+    for c in range(len(D)):
+        y[c] += D[c] * x[c]
+    for c in range(len(z)):
+        y[c] *= silu(z[c])
