@@ -20,8 +20,12 @@ _WIDE = bool(llvm.get_host_cpu_features().get("avx512f"))
 ROWS = 8 if _WIDE else 4
 _VECTOR_BYTES = 64 if _WIDE else 32
 _VECTORS = 2
-COLUMNS = _VECTORS * _VECTOR_BYTES // 4
-"""Tile width in float32. Two float64 tiles fill it, so that one padding serves both."""
+COLUMNS = _VECTORS * _VECTOR_BYTES // 4  # of a float32 tile; two float64 tiles fill it, so one padding serves both
+
+_index, _int32 = ir.IntType(64), ir.IntType(32)
+# Their own types describe what they are outside a kernel, not inside.
+_intrinsic: Any = intrinsic
+_prefer_literal: Any = intrinsic(prefer_literal=True)
 
 
 @jit
@@ -31,128 +35,116 @@ def padded(size, multiple):
 
 
 @jit
-def add_product(a, a0, a_row, a_column, b, b0, c, c0, rows, inner, p):  # noqa: PLR0913
-    """c[i, j] += sum_k a[i, k] b[k, j] for i < rows, k < inner, j < p, from the offsets a0, b0, c0 on.
+def add_product(a, a_row, a_column, b, c, rows, inner, p):
+    """c[i, j] += sum_k a[i, k] b[k, j] for i < rows, k < inner, j < p.
 
-    a[i, k] stands at a0 + i * a_row + k * a_column; the rows of b and c are p apart.
+    a[i, k] stands at i * a_row + k * a_column; the rows of b and c are p apart.
     """
     whole = rows // ROWS * ROWS
     for j in range(0, p, _tile_columns(c)):
         for i in range(0, whole, ROWS):
-            _tile(a, a0 + i * a_row, a_row, a_column, b, b0 + j, c, c0 + i * p + j, p, inner, ROWS, False)
+            _tile(a, i * a_row, a_row, a_column, b, j, c, i * p + j, p, inner, ROWS, False)
         for i in range(whole, rows):
-            _tile(a, a0 + i * a_row, a_row, a_column, b, b0 + j, c, c0 + i * p + j, p, inner, 1, False)
+            _tile(a, i * a_row, a_row, a_column, b, j, c, i * p + j, p, inner, 1, False)
 
 
 @jit
-def add_lower_product(a, a0, a_row, a_column, b, b0, c, c0, rows, p):
-    """As `add_product`, with a (rows, rows) taken as lower triangular: what stands above its diagonal is not read."""
+def add_lower_product(a, a_row, a_column, b, c, rows, p):
+    """As `add_product`, with a (rows, rows) taken as lower triangular: what is above its diagonal is not read."""
     whole = rows // ROWS * ROWS
     for j in range(0, p, _tile_columns(c)):
         for i in range(0, whole, ROWS):
-            _tile(a, a0 + i * a_row, a_row, a_column, b, b0 + j, c, c0 + i * p + j, p, i, ROWS, True)
+            _tile(a, i * a_row, a_row, a_column, b, j, c, i * p + j, p, i, ROWS, True)
         for i in range(whole, rows):
-            _tile(a, a0 + i * a_row, a_row, a_column, b, b0 + j, c, c0 + i * p + j, p, i, 1, True)
+            _tile(a, i * a_row, a_row, a_column, b, j, c, i * p + j, p, i, 1, True)
 
 
-@intrinsic
-def _tile_columns(typingctx: Any, array: Any) -> Any:
-    def codegen(context, builder, signature, args):
-        return ir.Constant(ir.IntType(64), _lanes(signature.args[0]) * _VECTORS)
+@_intrinsic
+def _tile_columns(typingctx, array):
+    """Columns of a tile in the array's dtype."""
 
-    return types.int64(array), codegen
+    def generate(context, builder, signature, args):
+        return ir.Constant(_index, _lanes(signature.args[0]) * _VECTORS)
+
+    return types.int64(array), generate
 
 
 def _lanes(array: Any) -> int:
     return _VECTOR_BYTES * 8 // array.dtype.bitwidth
 
 
-@intrinsic(prefer_literal=True)
-def _tile(typingctx, a, a0, a_row, a_column, b, b0, c, c0, p, inner, rows, triangle):  # noqa: PLR0913
-    """One tile of C += A B: `rows` rows of A over k < inner and, for a triangle, over inner <= k <= inner + row."""
-    n_rows, with_triangle = rows.literal_value, triangle.literal_value
+@_prefer_literal
+def _tile(typingctx, a, a0, a_row, a_column, b, b0, c, c0, p, inner, rows, triangle):
+    """One tile of C += A B from the offsets a0, b0, c0 on: `rows` rows of A over k < inner and, for a triangle, over
+    inner <= k <= inner + i in row i.
+    """
 
-    def codegen(context, builder, signature, args):
-        sizes = dict(zip(("a0", "a_row", "a_column", "b0", "c0", "p"), (*args[1:4], args[5], args[7], args[8])))
-        a_array, b_array, c_array = signature.args[0], signature.args[4], signature.args[6]
-        data = [
-            cgutils.create_struct_proxy(ty)(context, builder, value=value).data
-            for ty, value in ((a_array, args[0]), (b_array, args[4]), (c_array, args[6]))
-        ]
-        _emit(builder, data, sizes, args[9], n_rows, with_triangle, _lanes(c_array))
+    def generate(context, builder, signature, args):
+        data = {
+            name: cgutils.create_struct_proxy(signature.args[i])(context, builder, value=args[i]).data
+            for name, i in (("a", 0), ("b", 4), ("c", 6))
+        }
+        sizes = dict(zip(("a0", "a_row", "a_column"), args[1:4], strict=True))
+        sizes |= {"b0": args[5], "c0": args[7], "p": args[8], "inner": args[9]}
+        _emit(builder, data, sizes, rows.literal_value, triangle.literal_value, _lanes(signature.args[6]))
         return context.get_dummy_value()
 
-    return types.void(a, a0, a_row, a_column, b, b0, c, c0, p, inner, rows, triangle), codegen
+    return types.void(a, a0, a_row, a_column, b, b0, c, c0, p, inner, rows, triangle), generate
 
 
-def _emit(builder, data, sizes, inner, n_rows, triangle, lanes) -> None:
-    scalar = data[2].type.pointee
+def _emit(builder: Any, data: dict, sizes: dict, n_rows: int, triangle: bool, lanes: int) -> None:
+    """Load the tile of C, add to it in registers, column by column of A, and store it."""
+    scalar = data["c"].type.pointee
     vector = ir.VectorType(scalar, lanes)
     align = 4 if isinstance(scalar, ir.FloatType) else 8  # bytes of one element
     fma = cgutils.get_or_insert_function(
         builder.module, ir.FunctionType(vector, [vector] * 3), f"llvm.fmuladd.v{lanes}f{8 * align}"
     )
-    index = ir.IntType(64)
+    undefined = ir.Constant(vector, ir.Undefined)
+    first_lane = ir.Constant(ir.VectorType(_int32, lanes), None)
 
-    def at(array, offset):
-        return builder.gep(data[array], [offset])
+    def vectors_at(array: str, offset: Any) -> list[Any]:
+        pointer = builder.gep(data[array], [offset])
+        steps = [builder.gep(pointer, [ir.Constant(_index, v * lanes)]) for v in range(_VECTORS)]
+        return [builder.bitcast(step, vector.as_pointer()) for step in steps]
 
-    def vector_at(array, offset):
-        pointer = at(array, offset)
-        return [
-            builder.bitcast(builder.gep(pointer, [ir.Constant(index, v * lanes)]), vector.as_pointer())
-            for v in range(_VECTORS)
-        ]
-
-    def step(k, sums, first_row):
+    def add_column(k: Any, sums: list[list[Any]], first_row: int) -> None:
         """Add column k of A times row k of B to the rows from first_row on."""
-        b_offset = builder.add(sizes["b0"], builder.mul(k, sizes["p"]))
-        b_row = [builder.load(pointer, align=align) for pointer in vector_at(1, b_offset)]
-        a_offset = builder.add(sizes["a0"], builder.mul(k, sizes["a_column"]))
+        b_row = vectors_at("b", builder.add(sizes["b0"], builder.mul(k, sizes["p"])))
+        b_row = [builder.load(pointer, align=align) for pointer in b_row]
+        a_at = builder.add(sizes["a0"], builder.mul(k, sizes["a_column"]))
         for i in range(first_row, n_rows):
-            pointer = at(0, builder.add(a_offset, builder.mul(ir.Constant(index, i), sizes["a_row"])))
-            one = builder.insert_element(
-                ir.Constant(vector, ir.Undefined), builder.load(pointer), ir.Constant(ir.IntType(32), 0)
-            )
-            spread = builder.shuffle_vector(
-                one, ir.Constant(vector, ir.Undefined), ir.Constant(ir.VectorType(ir.IntType(32), lanes), None)
-            )
+            place = builder.add(a_at, builder.mul(ir.Constant(_index, i), sizes["a_row"]))
+            element = builder.load(builder.gep(data["a"], [place]))
+            spread = builder.insert_element(undefined, element, ir.Constant(_int32, 0))
+            spread = builder.shuffle_vector(spread, undefined, first_lane)
             sums[i] = [builder.call(fma, [spread, b, s]) for b, s in zip(b_row, sums[i], strict=True)]
 
-    c_pointers = [
-        vector_at(2, builder.add(sizes["c0"], builder.mul(ir.Constant(index, i), sizes["p"]))) for i in range(n_rows)
-    ]
-    start = [[builder.load(pointer, align=align) for pointer in row] for row in c_pointers]
+    rows_at = [builder.add(sizes["c0"], builder.mul(ir.Constant(_index, i), sizes["p"])) for i in range(n_rows)]
+    pointers = [vectors_at("c", at) for at in rows_at]
+    start = [[builder.load(pointer, align=align) for pointer in row] for row in pointers]
 
-    before = builder.block
-    head = builder.append_basic_block("tile.head")
-    body = builder.append_basic_block("tile.body")
-    after = builder.append_basic_block("tile.after")
+    before, head, body, after = builder.block, *(builder.append_basic_block(f"tile.{i}") for i in range(3))
     builder.branch(head)
-
     builder.position_at_end(head)
-    k = builder.phi(index)
-    k.add_incoming(ir.Constant(index, 0), before)
-    phis = [[builder.phi(vector) for _ in row] for row in start]
-    for row, values in zip(phis, start, strict=True):
-        for phi, value in zip(row, values, strict=True):
-            phi.add_incoming(value, before)
-    builder.cbranch(builder.icmp_signed("<", k, inner), body, after)
+    k = builder.phi(_index)
+    k.add_incoming(ir.Constant(_index, 0), before)
+    sums = [[builder.phi(vector) for _ in row] for row in start]
+    builder.cbranch(builder.icmp_signed("<", k, sizes["inner"]), body, after)
 
     builder.position_at_end(body)
-    sums = [list(row) for row in phis]
-    step(k, sums, 0)
-    k.add_incoming(builder.add(k, ir.Constant(index, 1)), builder.block)
-    for row, values in zip(phis, sums, strict=True):
-        for phi, value in zip(row, values, strict=True):
-            phi.add_incoming(value, builder.block)
+    added = [list(row) for row in sums]
+    add_column(k, added, 0)
+    k.add_incoming(builder.add(k, ir.Constant(_index, 1)), body)
+    for i, row in enumerate(sums):
+        for v, phi in enumerate(row):
+            phi.add_incoming(start[i][v], before)
+            phi.add_incoming(added[i][v], body)
     builder.branch(head)
 
     builder.position_at_end(after)
-    sums = [list(row) for row in phis]
-    if triangle:
-        for i in range(n_rows):
-            step(builder.add(inner, ir.Constant(index, i)), sums, i)
-    for pointers, values in zip(c_pointers, sums, strict=True):
-        for pointer, value in zip(pointers, values, strict=True):
+    for i in range(n_rows if triangle else 0):
+        add_column(builder.add(sizes["inner"], ir.Constant(_index, i)), sums, i)
+    for row, values in zip(pointers, sums, strict=True):
+        for pointer, value in zip(row, values, strict=True):
             builder.store(value, pointer, align=align)

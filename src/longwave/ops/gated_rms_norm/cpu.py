@@ -3,32 +3,39 @@
 The backward recomputes the root, which costs less than reading it would.
 """
 
+import functools
+import struct
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from longwave.ops.checks import state_dtype
-from longwave.ops.numba_math import jit, sigmoid, silu
+from longwave.ops.numba_math import jit, silu, silu_slope
+from longwave.ops.openmp import carray, next_ticket, pointer, region, run
 from longwave.ops.rows import flat
 from longwave.ops.threads import parallel_for
 
-_BLOCK = 1 << 16  # elements
+_FORWARD_BLOCK = 1 << 15  # elements, for which another thread is worth starting
+_BACKWARD_BLOCK = 1 << 16  # elements that share a sum for the weight
 _PLAIN, _GATE_FIRST, _NORM_FIRST = 0, 1, 2
 
 
 def forward(
     x: Tensor, weight: Tensor | None, z: Tensor | None, eps: float, group_size: int, norm_before_gate: bool
 ) -> Tensor:
-    inputs = _inputs(x, weight, z, norm_before_gate)
-    e = x.shape[-1]
-    y = torch.empty(x.shape, dtype=state_dtype(x.dtype))
-    y_rows = y.view(-1, e).numpy()
-
-    def body(i: int) -> None:
-        _forward_rows(*inputs, eps, group_size, y_rows, *_rows_of_block(i, y_rows))
-
-    parallel_for(_n_blocks(y_rows), body)
-    return y.to(x.dtype)
+    e, dtype = x.shape[-1], state_dtype(x.dtype)
+    y = torch.empty(x.shape, dtype=dtype)
+    # The kernel gets addresses only, so these names keep the tensors alive; 0 stands for what is absent.
+    x_rows, x_step = _rows(x, dtype)
+    z_rows, z_step = (None, 0) if z is None else _rows(z, dtype)
+    scale = None if weight is None else _rows(weight, dtype)[0]
+    (eps_bits,) = struct.unpack("q", struct.pack("d", eps))
+    words = [x.numel() // e, e, group_size, norm_before_gate, eps_bits, x_step, z_step]
+    words += [0 if t is None else t.data_ptr() for t in (x_rows, z_rows, scale, y)]
+    run(_forward_kernel(dtype), words, n_blocks=max(1, x.numel() // _FORWARD_BLOCK))
+    return y if dtype is x.dtype else y.to(x.dtype)
 
 
 def backward(
@@ -68,12 +75,23 @@ def _inputs(x: Tensor, weight: Tensor | None, z: Tensor | None, norm_before_gate
     return x_flat, x_step, z_flat, z_step, scale.numpy(), mode
 
 
+def _rows(t: Tensor, dtype: torch.dtype) -> tuple[Tensor, int]:
+    """`t` in `dtype` as rows that are contiguous, and the step from row to row."""
+    if t.dtype is not dtype:  # even a `to` that does nothing costs 1 us
+        t = t.to(dtype)
+    if t.is_contiguous():
+        return t, t.shape[-1]
+    t = t.reshape(-1, t.shape[-1])
+    t = t if t.stride(1) == 1 else t.contiguous()
+    return t, t.stride(0)
+
+
 def _n_blocks(rows: np.ndarray) -> int:
     return -(-len(rows) // _block_rows(rows))
 
 
 def _block_rows(rows: np.ndarray) -> int:
-    return max(1, _BLOCK // rows.shape[1])
+    return max(1, _BACKWARD_BLOCK // rows.shape[1])
 
 
 def _rows_of_block(i: int, rows: np.ndarray) -> tuple[int, int]:
@@ -81,66 +99,102 @@ def _rows_of_block(i: int, rows: np.ndarray) -> tuple[int, int]:
     return i * size, min((i + 1) * size, len(rows))
 
 
+@functools.cache
+def _forward_kernel(dtype: torch.dtype) -> Any:
+    """The parallel region of `forward`: threads draw rows."""
+    scalar, size = (np.float64, 8) if dtype == torch.float64 else (np.float32, 4)
+
+    @region
+    def kernel(words):
+        _, rows, e, group, norm_first, _, x_step, z_step, x, z, weight, y = carray(words, 12, np.int64)
+        eps = scalar(carray(words, 6, np.float64)[5])
+        row = next_ticket(words)
+        while row < rows:
+            for start in range(0, e, group):
+                u = carray(pointer(x + (row * x_step + start) * size), group, scalar)
+                out = carray(pointer(y + (row * e + start) * size), group, scalar)
+                if z:
+                    gate = carray(pointer(z + (row * z_step + start) * size), group, scalar)
+                    if norm_first:
+                        _normalise(u, eps, out)
+                        for c in range(group):
+                            out[c] *= silu(gate[c])
+                    else:
+                        for c in range(group):
+                            out[c] = u[c] * silu(gate[c])
+                        _normalise(out, eps, out)
+                else:
+                    _normalise(u, eps, out)
+                if weight:
+                    w = carray(pointer(weight + start * size), group, scalar)
+                    for c in range(group):
+                        out[c] *= w[c]
+            row = next_ticket(words)
+
+    return kernel
+
+
 @jit
-def _forward_rows(x, x_step, z, z_step, weight, mode, eps, group, y, first, end):
-    e = y.shape[1]
-    for row in range(first, end):
-        for start in range(0, e, group):
-            u, w = x[row * x_step + start : row * x_step + start + group], weight[start : start + group]
-            gate, out = z[row * z_step + start : row * z_step + start + group], y[row, start : start + group]
-            total = y.dtype.type(0)
-            if mode == _GATE_FIRST:
-                for c in range(group):
-                    out[c] = u[c] * silu(gate[c])
-                    total += out[c] * out[c]
-            else:
-                for c in range(group):
-                    out[c] = u[c]
-                    total += u[c] * u[c]
-            root = y.dtype.type(1) / np.sqrt(total / y.dtype.type(group) + y.dtype.type(eps))
-            if mode == _NORM_FIRST:
-                for c in range(group):
-                    out[c] = out[c] * root * w[c] * silu(gate[c])
-            else:
-                for c in range(group):
-                    out[c] = out[c] * root * w[c]
+def _normalise(u, eps, out):
+    kind = u.dtype.type
+    total = kind(0)
+    for c in range(len(u)):
+        total += u[c] * u[c]
+    root = kind(1) / np.sqrt(total / kind(len(u)) + eps)
+    for c in range(len(u)):
+        out[c] = u[c] * root
 
 
 @jit
 def _backward_rows(x, x_step, z, z_step, weight, mode, eps, group, dy, dy_step, dx, dz, dweight, first, end):
-    """With u = x or x silu(z), s = 1 or silu(z), r = 1 / sqrt(mean(u^2) + eps) and v = dy weight s:
+    """With u = x or x silu(z), r = 1 / sqrt(mean(u^2) + eps) and v = dy weight or dy weight silu(z):
 
     du = r (v - u r^2 mean(v u)).
     """
     e, kind = dx.shape[1], dx.dtype
     one = kind.type(1)
-    inner, outer = np.ones(group, kind), np.ones(group, kind)  # silu(z) where it comes before or after the norm
+    u, v, open_gate = np.empty(group, kind), np.empty(group, kind), np.empty(group, kind)
     for row in range(first, end):
         for start in range(0, e, group):
             xs, w = x[row * x_step + start : row * x_step + start + group], weight[start : start + group]
             gate, dys = z[row * z_step + start : row * z_step + start + group], dy[row * dy_step + start :]
             out, dw = dx[row, start : start + group], dweight[start : start + group]
-            if mode == _GATE_FIRST:
+            if mode == _PLAIN:
+                u[:], v[:] = xs, w
+            else:
                 for c in range(group):
-                    inner[c] = silu(gate[c])
-            if mode == _NORM_FIRST:
+                    open_gate[c] = silu(gate[c])
                 for c in range(group):
-                    outer[c] = silu(gate[c])
+                    u[c] = xs[c] * open_gate[c] if mode == _GATE_FIRST else xs[c]
+                    v[c] = w[c] if mode == _GATE_FIRST else w[c] * open_gate[c]
             total, along = kind.type(0), kind.type(0)
             for c in range(group):
-                u = xs[c] * inner[c]
-                total += u * u
-                along += dys[c] * w[c] * outer[c] * u
+                v[c] *= dys[c]
+                total += u[c] * u[c]
+                along += v[c] * u[c]
             root = one / np.sqrt(total / kind.type(group) + kind.type(eps))
             along *= root * root / kind.type(group)
             for c in range(group):
-                u = xs[c] * inner[c]
-                dw[c] += dys[c] * u * root * outer[c]
-                out[c] = root * (dys[c] * w[c] * outer[c] - u * along)
-            if mode != _PLAIN:
-                dgate = dz[row, start : start + group]
+                out[c] = root * (v[c] - u[c] * along)
+            if mode == _NORM_FIRST:
                 for c in range(group):
-                    s = sigmoid(gate[c])
-                    slope = s * (one + gate[c] * (one - s))
-                    dgate[c] = slope * xs[c] * (out[c] if mode == _GATE_FIRST else dys[c] * w[c] * root)
-                    out[c] *= inner[c]
+                    dw[c] += dys[c] * root * u[c] * open_gate[c]
+            else:
+                for c in range(group):
+                    dw[c] += dys[c] * root * u[c]
+            if mode != _PLAIN:
+                _gate_gradients(xs, gate, open_gate, dys, w, root, mode, out, dz[row, start : start + group])
+
+
+@jit
+def _gate_gradients(x, gate, open_gate, dy, w, root, mode, out, dgate):
+    """dz from the slope of silu(z); with the gate first, `out` holds d(x silu(z)) and becomes dx."""
+    for c in range(len(out)):
+        dgate[c] = silu_slope(gate[c]) * x[c]
+    if mode == _GATE_FIRST:
+        for c in range(len(out)):
+            dgate[c] *= out[c]
+            out[c] *= open_gate[c]
+    else:
+        for c in range(len(out)):
+            dgate[c] *= dy[c] * w[c] * root

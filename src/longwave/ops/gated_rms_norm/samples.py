@@ -17,7 +17,7 @@ SHAPES: tuple[dict[str, Any], ...] = (
 def make(shape: dict[str, Any], dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> dict[str, Any]:
     """The weight is float32 beside 16-bit activations."""
     generator = torch.Generator().manual_seed(seed)
-    b, l, e = (shape[key] for key in "ble")  # noqa: E741
+    b, l, e = (shape[key] for key in "ble")
     parameter = torch.float64 if dtype == torch.float64 else torch.float32
 
     def normal(*size: int) -> Tensor:

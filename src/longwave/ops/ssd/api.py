@@ -45,7 +45,7 @@ def ssd(
 
     Source: Dao and Gu, "Transformers are SSMs", 2024, arXiv:2405.21060, section 6.
     """
-    b, l, h, p = x.shape  # noqa: E741
+    b, l, h, p = x.shape
     _check("ssd", (b, l), x, dt, A, B, C, D, dt_bias, dt_limit)
     check_shape("ssd", "initial_state", initial_state, (b, h, p, B.shape[-1]), "(b, h, p, n)")
     check_documents("ssd", reset, lengths, b, l)
@@ -53,9 +53,7 @@ def ssd(
         raise ValueError(f"ssd: chunk_len must be at least 1, got {chunk_len}; None leaves it to the device")
     low, high = dt_limit
     if use_kernel("ssd", impl, x.device):
-        return _SSD.apply(
-            x, dt, A, B, C, D, dt_bias, initial_state, reset, lengths, dt_softplus, low, high, chunk_len
-        )
+        return _SSD.apply(x, dt, A, B, C, D, dt_bias, initial_state, reset, lengths, dt_softplus, low, high, chunk_len)
     return reference.ssd(x, dt, A, B, C, D, dt_bias, dt_softplus, dt_limit, initial_state, reset, lengths)
 
 
@@ -81,9 +79,7 @@ def ssd_step(
     _check("ssd_step", (b,), x, dt, A, B, C, D, dt_bias, dt_limit)
     check_shape("ssd_step", "state", state, (b, h, p, B.shape[-1]), "(b, h, p, n)")
     if state.dtype != state_dtype(x.dtype):
-        raise TypeError(
-            f"ssd_step: state must be {state_dtype(x.dtype)} for x in {x.dtype}, got {state.dtype}"
-        )
+        raise TypeError(f"ssd_step: state must be {state_dtype(x.dtype)} for x in {x.dtype}, got {state.dtype}")
     if use_kernel("ssd_step", "fused", x.device):
         return _step(state, x, dt, A, B, C, D, dt_bias, dt_softplus, *dt_limit)
     x, dt, B, C = (t.unsqueeze(1) for t in (x, dt, B, C))
@@ -108,9 +104,7 @@ def _check(op, tokens, x, dt, A, B, C, D, dt_bias, dt_limit) -> None:
         raise ValueError(f"{op}: dt_limit must be (low, high) with low <= high, got {dt_limit}")
 
 
-def _fake_forward(
-    x, dt, A, B, C, D, dt_bias, initial_state, reset, lengths, dt_softplus, low, high, chunk_len
-):
+def _fake_forward(x, dt, A, B, C, D, dt_bias, initial_state, reset, lengths, dt_softplus, low, high, chunk_len):
     b, _, h, p = x.shape
     state = x.new_empty((b, h, p, B.shape[-1]), dtype=state_dtype(x.dtype))
     return torch.empty_like(x, memory_format=torch.contiguous_format), state

@@ -12,24 +12,31 @@ cum is float64: a difference of two of its values is exact enough for weak and f
 a product read them: `ct` is C^T (n, q), `st` is (C B^T)^T.
 """
 
+import functools
+import struct
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import softplus
 
+from longwave.ops import numba_math
 from longwave.ops.checks import state_dtype
-from longwave.ops.numba_math import exp, jit, softplus
+from longwave.ops.numba_math import exp, jit
 from longwave.ops.numba_matmul import COLUMNS, ROWS, add_lower_product, add_product, padded
+from longwave.ops.openmp import carray, next_ticket, pointer, region, run
 from longwave.ops.rows import flat
 from longwave.ops.ssd.reference import step_sizes
 from longwave.ops.threads import parallel_for
 
 _CHUNK = 64
 _HEADS = 4
-_STEP_ELEMENTS = 1 << 18  # of state, updated in a time that outweighs handing out a block
+_STEP_ELEMENTS = 1 << 15  # of the state, for which another thread is worth starting
 
 
 def forward(x, dt, A, B, C, D, dt_bias, initial_state, reset, lengths, dt_softplus, low, high, chunk_len):
-    b, l, h, p = x.shape  # noqa: E741
+    b, l, h, p = x.shape
     inputs = _Inputs(x, A, B, C, D, initial_state, reset, lengths, chunk_len)
     sizes = step_sizes(dt.detach().to(inputs.dtype), dt_bias, dt_softplus, (low, high)).contiguous()
     y = inputs.empty(b, l, h, p)
@@ -42,74 +49,77 @@ def forward(x, dt, A, B, C, D, dt_bias, initial_state, reset, lengths, dt_softpl
     return y.to(x.dtype), final
 
 
-def backward(
-    dy, dfinal, x, dt, A, B, C, D, dt_bias, initial_state, reset, lengths, dt_softplus, low, high, chunk_len
-):
-    b, l, h, p = x.shape  # noqa: E741
+def backward(dy, dfinal, x, dt, A, B, C, D, dt_bias, initial_state, reset, lengths, dt_softplus, low, high, chunk_len):
+    b, l, h, p = x.shape
     g, n = B.shape[2:]
     inputs = _Inputs(x, A, B, C, D, initial_state, reset, lengths, chunk_len)
-    with torch.enable_grad():
-        raw = [None if t is None else t.detach().requires_grad_() for t in (dt, dt_bias)]
-        sizes = step_sizes(raw[0].to(inputs.dtype), raw[1], dt_softplus, (low, high))
+    sizes = step_sizes(dt.detach().to(inputs.dtype), dt_bias, dt_softplus, (low, high)).contiguous()
     dy_flat, dy_strides = flat(dy.to(inputs.dtype))
     # Heads of one group add to the same dB and dC: each block has a slice of its own, summed in a fixed order.
     dx, dB, dC = inputs.empty(b, l, h, p), *(inputs.empty(b, l, g, inputs.splits, n) for _ in range(2))
-    dsizes, dA, dD = inputs.empty(b, l, h), inputs.zeros(b, h), inputs.zeros(b, h, p)
+    dsizes = inputs.empty(b, l, h)
+    dA, dD = torch.zeros(b, h, dtype=torch.float64), torch.zeros(b, h, p, dtype=torch.float64)  # sums over all tokens
     dstate = dfinal.to(inputs.dtype, copy=True).contiguous()
     outputs = [t.numpy() for t in (dx, dsizes, dA, dB, dC, dD, dstate)]
 
     def body(i: int) -> None:
-        _backward_heads(
-            *inputs.kernel_args, sizes.detach().numpy(), dy_flat, dy_strides, *outputs, *inputs.block(i)
-        )
+        _backward_heads(*inputs.kernel_args, sizes.numpy(), dy_flat, dy_strides, *outputs, *inputs.block(i))
 
-    sizes = sizes.contiguous()
     parallel_for(inputs.n_blocks, body)
-    draw = torch.autograd.grad(sizes, [t for t in raw if t is not None], dsizes)
-    dD = None if D is None else dD.sum(0) if D.dim() == 2 else dD.sum((0, 2))
+    ddt = _step_size_gradient(dsizes, dt, dt_bias, dt_softplus, low, high, lengths)
+    dD = dD.sum((0, 2)) if D is not None and D.dim() == 1 else dD.sum(0)
     grads = (
         (dx, x),
-        (draw[0], dt),
+        (ddt, dt),
         (dA.sum(0), A),
         (dB.sum(3), B),
         (dC.sum(3), C),
         (dD, D),
-        (draw[-1], dt_bias),
+        (ddt.sum((0, 1)), dt_bias),
         (dstate, initial_state),
     )
     return tuple(x.new_empty(0) if t is None else grad.to(t.dtype).contiguous() for grad, t in grads)
 
 
+def _step_size_gradient(grad, dt, dt_bias, dt_softplus, low, high, lengths) -> Tensor:
+    """The gradient of dt from that of clamp(softplus(dt + dt_bias)): zero where clamped and from lengths on."""
+    raw = step_sizes(dt.detach().to(grad.dtype), dt_bias, False, (-torch.inf, torch.inf))
+    sizes = softplus(raw) if dt_softplus else raw
+    if dt_softplus:
+        grad = torch.ops.aten.softplus_backward(grad, raw, 1.0, 20.0)
+    stopped = (sizes < low) | (sizes > high)
+    if lengths is not None:
+        stopped |= (torch.arange(dt.shape[1]) >= lengths[:, None])[..., None]
+    return grad.masked_fill(stopped, 0.0)
+
+
 def step(state, x, dt, A, B, C, D, dt_bias, dt_softplus, low, high):
     b, h, p, n = state.shape
     dtype = state.dtype
-    memory = state.contiguous()
     y = torch.empty(b, h, p, dtype=dtype)
-    skip = torch.zeros(h, 1, dtype=dtype) if D is None else D.view(h, -1)
-    bias = torch.zeros(h, dtype=dtype) if dt_bias is None else dt_bias
-    arrays = [_array(t, dtype) for t in (memory, x, dt, A, B, C, skip, bias, y)]
-    blocks = max(1, min(b * h, state.numel() // _STEP_ELEMENTS))
-
-    def body(i: int) -> None:
-        _step_heads(*arrays, dt_softplus, low, high, i * b * h // blocks, (i + 1) * b * h // blocks)
-
-    parallel_for(blocks, body)
+    memory = state.contiguous()
+    # The kernel gets addresses only, so this list keeps the tensors alive; 0 stands for what is absent.
+    tensors = [_dense(t, dtype) for t in (memory, y, x, dt, A, B, C, D, dt_bias)]
+    skips = 0 if D is None else D.numel() // h
+    limits = struct.unpack("2q", struct.pack("2d", low, high))  # the bits of float64
+    words = [b, h, p, n, B.shape[1], skips, dt_softplus, *limits, *(0 if t is None else t.data_ptr() for t in tensors)]
+    run(_step_kernel(dtype), words, n_blocks=max(1, state.numel() // _STEP_ELEMENTS))
     if memory is not state:
         state.copy_(memory)
-    return y.to(x.dtype)
+    return y if dtype is x.dtype else y.to(x.dtype)
 
 
-def _array(x: Tensor, dtype: torch.dtype) -> np.ndarray:
-    if x.dtype is not dtype:
-        x = x.to(dtype)
-    return (x.detach() if x.requires_grad else x).contiguous().numpy()
+def _dense(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    if t is None or (t.dtype is dtype and t.is_contiguous()):  # even a `to` that does nothing costs 1 us
+        return t
+    return t.to(dtype).contiguous()
 
 
 class _Inputs:
     """What both kernels read, in the accumulation dtype, and how the work is cut."""
 
     def __init__(self, x, A, B, C, D, initial_state, reset, lengths, chunk_len):
-        b, l, h, p = x.shape  # noqa: E741
+        b, l, h, p = x.shape
         self.g, n = B.shape[2:]
         self.heads = h // self.g
         self.splits = -(-self.heads // _HEADS)
@@ -162,19 +172,25 @@ def _row(flat, i, width):
 
 
 @jit
-def _copy_rows(source, at, stride, size, width, out, out_width):
+def _copy(source, out):
+    for k in range(len(source)):
+        out[k] = source[k]
+
+
+@jit
+def _copy_rows(source, stride, size, width, out, out_width):
     """out[i, c] = source[i, c]; rows `stride` and `out_width` apart."""
     for i in range(size):
-        row, target = source[at + i * stride : at + i * stride + width], _row(out, i, out_width)
+        row, target = source[i * stride : i * stride + width], _row(out, i, out_width)
         for c in range(width):
             target[c] = row[c]
 
 
 @jit
-def _copy_transposed(source, at, stride, size, width, out, out_width):
+def _copy_transposed(source, stride, size, width, out, out_width):
     """out[c, i] = source[i, c]."""
     for i in range(size):
-        row = source[at + i * stride : at + i * stride + width]
+        row = source[i * stride : i * stride + width]
         for c in range(width):
             out[c * out_width + i] = row[c]
 
@@ -189,7 +205,7 @@ def _scale_rows(rows, width, size, scale):
 
 @jit
 def _dot(a, b):
-    total = a.dtype.type(0)
+    total = 0.0
     for k in range(len(a)):
         total += a[k] * b[k]
     return total
@@ -204,8 +220,8 @@ def _decays(sizes, row, start, head, a, dt, cum, from_past, to_future):
         total += np.float64(dt[i]) * np.float64(a)
         cum[i] = total
     for i in range(len(cum)):
-        from_past[i] = exp(dt.dtype.type(cum[i]))
-        to_future[i] = exp(dt.dtype.type(total - cum[i]))
+        from_past[i] = np.exp(cum[i])
+        to_future[i] = np.exp(total - cum[i])
 
 
 @jit
@@ -230,11 +246,11 @@ def _store_states(state, row, h0, h1, p_wide, out):
 
 
 @jit
-def _pass_state(state, decay, a, a_at, a_row, a_column, rows, n, size, p_wide):
+def _pass_state(state, decay, a, a_row, a_column, rows, n, size, p_wide):
     """state <- decay state + A rows, for A (n, size) and rows (size, p_wide)."""
     for k in range(len(state)):
         state[k] *= decay
-    add_product(a, a_at, a_row, a_column, rows, 0, state, 0, n, size, p_wide)
+    add_product(a, a_row, a_column, rows, state, n, size, p_wide)
 
 
 @jit
@@ -257,19 +273,19 @@ def _forward_heads(
             states[:] = 0
         b_at = row * b_strides[0] + start * b_step + group * b_strides[2]
         c_at = row * c_strides[0] + start * c_strides[1] + group * c_strides[2]
-        _copy_transposed(C, c_at, c_strides[1], size, n, ct, q_wide)
+        _copy_transposed(C[c_at:], c_strides[1], size, n, ct, q_wide)
         st[:] = 0
-        add_product(B, b_at, b_step, 1, ct, 0, st, 0, size, n, q_wide)
+        add_product(B[b_at:], b_step, 1, ct, st, size, n, q_wide)
         for head in range(h0, h1):
             _decays(sizes, row, start, head, A[head], dt, cum, from_past, to_future)
             x_at = row * x_strides[0] + start * x_strides[1] + head * x_strides[2]
-            _copy_rows(x, x_at, x_strides[1], size, p, x_chunk, p_wide)
+            _copy_rows(x[x_at:], x_strides[1], size, p, x_chunk, p_wide)
             _weigh_pairs(st, cum, dt, q_wide, mt)
             state = _row(states, head - h0, n * p_wide)
             y_chunk[:] = 0
-            add_product(ct, 0, 1, q_wide, state, 0, y_chunk, 0, size, n, p_wide)
+            add_product(ct, 1, q_wide, state, y_chunk, size, n, p_wide)
             _scale_rows(y_chunk, p_wide, size, from_past)
-            add_lower_product(mt, 0, 1, q_wide, x_chunk, 0, y_chunk, 0, size, p_wide)
+            add_lower_product(mt, 1, q_wide, x_chunk, y_chunk, size, p_wide)
             skip = D[head]
             for i in range(size):
                 out, y_row, x_row = y[row, start + i, head], _row(y_chunk, i, p_wide), _row(x_chunk, i, p_wide)
@@ -277,7 +293,7 @@ def _forward_heads(
                     out[c] = y_row[c] + skip[c] * x_row[c]
             to_future *= dt
             _scale_rows(x_chunk, p_wide, size, to_future)
-            _pass_state(state, from_past[size - 1], B, b_at, 1, b_step, x_chunk, n, size, p_wide)
+            _pass_state(state, from_past[size - 1], B[b_at:], 1, b_step, x_chunk, n, size, p_wide)
     _store_states(states, row, h0, h1, p_wide, final)
 
 
@@ -304,33 +320,33 @@ def _chunk_states(x, x_strides, B, b_strides, A, initial, reset, starts, q, size
         dt, from_past, to_future, cum = scratch[0, :size], scratch[1, :size], scratch[2, :size], sums[:size]
         if reset[row, start]:
             states[:] = 0
-        _row(saved, chunk, len(states))[:] = states
+        _copy(states, _row(saved, chunk, len(states)))
         b_at = row * b_strides[0] + start * b_strides[1] + group * b_strides[2]
         for head in range(h0, h1):
             _decays(sizes, row, start, head, A[head], dt, cum, from_past, to_future)
             x_at = row * x_strides[0] + start * x_strides[1] + head * x_strides[2]
-            _copy_rows(x, x_at, x_strides[1], size, p, x_chunk, p_wide)
+            _copy_rows(x[x_at:], x_strides[1], size, p, x_chunk, p_wide)
             to_future *= dt
             _scale_rows(x_chunk, p_wide, size, to_future)
             state = _row(states, head - h0, n * p_wide)
-            _pass_state(state, from_past[size - 1], B, b_at, 1, b_strides[1], x_chunk, n, size, p_wide)
+            _pass_state(state, from_past[size - 1], B[b_at:], 1, b_strides[1], x_chunk, n, size, p_wide)
     return saved
 
 
 @jit
-def _pair_gradients(st, gt, cum, dt, q_wide, mt, dst, run, da):
+def _pair_gradients(st, gt, cum, dt, q_wide, mt, dst, flow, da):
     """Gradients through the pairs j <= i of one head and chunk.
 
     gt (q, q) is (dy_i . x_j)^T. Fills mt with the transposed decays times C B^T, adds to dst, the gradient of st, and
     sets da_k to what flows over step k, from every j < k to every i >= k: a sum without cancellation.
     """
     size = len(cum)
-    run[:] = 0
+    flow[:] = 0
     da[0] = 0
     for j in range(size):
         mt[j * q_wide + j // ROWS * ROWS : j * q_wide + j] = 0  # read by the tile on the diagonal
         at = j * q_wide + j
-        pairs, products, weights, grads, flows, after = st[at:], gt[at:], mt[at:], dst[at:], run[j:], cum[j:]
+        pairs, products, weights, grads, flows, after = st[at:], gt[at:], mt[at:], dst[at:], flow[j:], cum[j:]
         for i in range(size - j):
             decay = exp(dt.dtype.type(after[i] - cum[j]))
             grad = decay * products[i] * dt[j]
@@ -345,15 +361,15 @@ def _pair_gradients(st, gt, cum, dt, q_wide, mt, dst, run, da):
 def _add_upper_product(mt, q_wide, rows, size, p_wide, out):
     """out_j += sum_{i>=j} mt[j, i] rows_i."""
     for j in range(0, size, ROWS):
-        height = min(ROWS, size - j)
-        add_product(mt, j * q_wide + j, q_wide, 1, rows, j * p_wide, out, j * p_wide, height, size - j, p_wide)
+        height, left = min(ROWS, size - j), size - j
+        add_product(mt[j * q_wide + j :], q_wide, 1, rows[j * p_wide :], out[j * p_wide :], height, left, p_wide)
 
 
 @jit
 def _past_gradients(state, dyt, from_past, ct, n, p, p_wide, q_wide, zt, dct, back):
     """Add to dct what reaches C from the state before the chunk; back_i is what flows from that state to y_i."""
     zt[:] = 0
-    add_product(state, 0, p_wide, 1, dyt, 0, zt, 0, n, p, q_wide)
+    add_product(state, p_wide, 1, dyt, zt, n, p, q_wide)
     back[:] = 0
     for k in range(n):
         grads, products, outs = _row(dct, k, q_wide), _row(zt, k, q_wide), _row(ct, k, q_wide)
@@ -372,7 +388,7 @@ def _step_gradients(forth, back, whole, da):
     for k in range(len(da)):
         da[k] += total
         total += forth[k]
-    total = whole * 0
+    total = 0.0
     for k in range(len(da) - 1, -1, -1):
         total += back[k]
         da[k] += total
@@ -389,38 +405,37 @@ def _backward_heads(
     starts = _chunk_starts(reset, row, ends[row], q)
     saved = _chunk_states(x, x_strides, B, b_strides, A, initial, reset, starts, q, sizes, row, group, h0, h1)
     dstates = _load_states(dstate, row, h0, h1, p_wide)
-    ct, dct, dbt, zt = (np.zeros(n * q_wide, kind), np.zeros(n * q_wide, kind),
-                        np.zeros(n * q_wide, kind), np.zeros(n * q_wide, kind))  # fmt: skip
-    st, dst, gt, mt = (np.zeros(q * q_wide, kind), np.zeros(q * q_wide, kind),
-                       np.zeros(q * q_wide, kind), np.zeros(q * q_wide, kind))  # fmt: skip
+    c_blocks, q_blocks = np.zeros((4, n * q_wide), kind), np.zeros((4, q * q_wide), kind)
+    ct, dct, dbt, zt = c_blocks[0], c_blocks[1], c_blocks[2], c_blocks[3]
+    st, dst, gt, mt = q_blocks[0], q_blocks[1], q_blocks[2], q_blocks[3]
     x_chunk, dy_chunk, u = np.zeros(q * p_wide, kind), np.zeros(q * p_wide, kind), np.zeros(q * p_wide, kind)
     xt, dyt = np.zeros(p * q_wide, kind), np.zeros(p * q_wide, kind)
-    scratch, sums = np.empty((7, q), kind), np.empty(q)
+    scratch, sums = np.empty((3, q), kind), np.empty((5, q))
 
     for chunk in range(len(starts) - 2, -1, -1):
         start, size = starts[chunk], starts[chunk + 1] - starts[chunk]
-        dt, from_past, to_future, cum = scratch[0, :size], scratch[1, :size], scratch[2, :size], sums[:size]
-        forth, back, da, run = scratch[3, :size], scratch[4, :size], scratch[5, :size], scratch[6, :size]
+        dt, from_past, to_future, cum = scratch[0, :size], scratch[1, :size], scratch[2, :size], sums[0, :size]
+        da, flow, forth, back = sums[1, :size], sums[2, :size], sums[3, :size], sums[4, :size]
         b_at = row * b_strides[0] + start * b_step + group * b_strides[2]
         c_at = row * c_strides[0] + start * c_strides[1] + group * c_strides[2]
-        _copy_transposed(C, c_at, c_strides[1], size, n, ct, q_wide)
+        _copy_transposed(C[c_at:], c_strides[1], size, n, ct, q_wide)
         st[:], dst[:], dct[:], dbt[:] = 0, 0, 0, 0
-        add_product(B, b_at, b_step, 1, ct, 0, st, 0, size, n, q_wide)
+        add_product(B[b_at:], b_step, 1, ct, st, size, n, q_wide)
         for head in range(h0, h1):
             _decays(sizes, row, start, head, A[head], dt, cum, from_past, to_future)
             x_at = row * x_strides[0] + start * x_strides[1] + head * x_strides[2]
             dy_at = row * dy_strides[0] + start * dy_strides[1] + head * dy_strides[2]
-            _copy_rows(x, x_at, x_strides[1], size, p, x_chunk, p_wide)
-            _copy_rows(dy, dy_at, dy_strides[1], size, p, dy_chunk, p_wide)
-            _copy_transposed(dy, dy_at, dy_strides[1], size, p, dyt, q_wide)
+            _copy_rows(x[x_at:], x_strides[1], size, p, x_chunk, p_wide)
+            _copy_rows(dy[dy_at:], dy_strides[1], size, p, dy_chunk, p_wide)
+            _copy_transposed(dy[dy_at:], dy_strides[1], size, p, dyt, q_wide)
             state = _row(saved, chunk * (h1 - h0) + head - h0, n * p_wide)
             dstate_head = _row(dstates, head - h0, n * p_wide)
 
             gt[:] = 0
-            add_product(x_chunk, 0, p_wide, 1, dyt, 0, gt, 0, size, p, q_wide)
-            _pair_gradients(st, gt, cum, dt, q_wide, mt, dst, run, da)
+            add_product(x_chunk, p_wide, 1, dyt, gt, size, p, q_wide)
+            _pair_gradients(st, gt, cum, dt, q_wide, mt, dst, flow, da)
             u[:] = 0
-            add_product(B, b_at, b_step, 1, dstate_head, 0, u, 0, size, n, p_wide)
+            add_product(B[b_at:], b_step, 1, dstate_head, u, size, n, p_wide)
             _scale_rows(u, p_wide, size, to_future)
             for j in range(size):
                 forth[j] = _dot(_row(u, j, p_wide), _row(x_chunk, j, p_wide)) * dt[j]
@@ -434,15 +449,15 @@ def _backward_heads(
 
             to_future *= dt
             _scale_rows(x_chunk, p_wide, size, to_future)
-            _copy_transposed(x_chunk, 0, p_wide, size, p, xt, q_wide)
-            add_product(dstate_head, 0, p_wide, 1, xt, 0, dbt, 0, n, p, q_wide)
+            _copy_transposed(x_chunk, p_wide, size, p, xt, q_wide)
+            add_product(dstate_head, p_wide, 1, xt, dbt, n, p, q_wide)
             _scale_rows(dy_chunk, p_wide, size, from_past)
-            _pass_state(dstate_head, from_past[size - 1], ct, 0, q_wide, 1, dy_chunk, n, size, p_wide)
+            _pass_state(dstate_head, from_past[size - 1], ct, q_wide, 1, dy_chunk, n, size, p_wide)
         if reset[row, start]:
             dstates[:] = 0
-        add_product(B, b_at, 1, b_step, dst, 0, dct, 0, n, size, q_wide)
-        _copy_transposed(dst, 0, q_wide, size, size, gt, q_wide)
-        add_product(ct, 0, q_wide, 1, gt, 0, dbt, 0, n, size, q_wide)
+        add_product(B[b_at:], 1, b_step, dst, dct, n, size, q_wide)
+        _copy_transposed(dst, q_wide, size, size, gt, q_wide)
+        add_product(ct, q_wide, 1, gt, dbt, n, size, q_wide)
         for i in range(size):
             db_row, dc_row = dB[row, start + i, group, split], dC[row, start + i, group, split]
             for k in range(n):
@@ -462,23 +477,48 @@ def _write_gradients(x_chunk, dy_chunk, u, dt, da, a, skip, dx, dsizes, dD, head
             dskip[c] += dy_row[c] * x_row[c]
 
 
+@functools.cache
+def _step_kernel(dtype: torch.dtype) -> Any:
+    """The parallel region of `step`: threads draw heads."""
+    scalar, size = (np.float64, 8) if dtype == torch.float64 else (np.float32, 4)
+
+    @region
+    def kernel(words):
+        # fmt: off
+        _, b, h, p, n, g, skips, dt_softplus, _, _, state, y, x, dt, A, B, C, D, dt_bias = carray(words, 19, np.int64)
+        # fmt: on
+        low, high = scalar(carray(words, 10, np.float64)[8]), scalar(carray(words, 10, np.float64)[9])
+        i = next_ticket(words)
+        while i < b * h:
+            row, head = i // h, i % h
+            group = (row * g + head // (h // g)) * n
+            step = carray(pointer(dt + i * size), 1, scalar)[0]
+            if dt_bias:
+                step += carray(pointer(dt_bias + head * size), 1, scalar)[0]
+            if dt_softplus:
+                step = numba_math.softplus(step)
+            step = low if step < low else high if step > high else step  # a NaN stays
+            decay = exp(step * carray(pointer(A + head * size), 1, scalar)[0])
+            heads = carray(pointer(state + i * p * n * size), (p, n), scalar)
+            b_row, c_row = carray(pointer(B + group * size), n, scalar), carray(pointer(C + group * size), n, scalar)
+            x_row, out = carray(pointer(x + i * p * size), p, scalar), carray(pointer(y + i * p * size), p, scalar)
+            for c in range(p):
+                out[c] = _step_channel(heads[c], decay, step * x_row[c], b_row, c_row)
+            if skips:
+                skip = carray(pointer(D + head * skips * size), skips, scalar)
+                for c in range(p):
+                    out[c] += skip[c % skips] * x_row[c]
+            i = next_ticket(words)
+
+    return kernel
+
+
 @jit
-def _step_heads(state, x, dt, A, B, C, D, dt_bias, y, dt_softplus, low, high, first, end):
-    """Heads first..end of all rows, counted through: one token."""
-    _, h, p, n = state.shape
-    kind = state.dtype
-    for i in range(first, end):
-        row, head = i // h, i % h
-        group = head // (h // B.shape[1])
-        size = dt[row, head] + dt_bias[head]
-        if dt_softplus:
-            size = softplus(size)
-        size = kind.type(low) if size < low else kind.type(high) if size > high else size
-        decay = exp(size * A[head])
-        b_row, c_row = B[row, group], C[row, group]
-        for c in range(p):
-            memory, inlet, total = state[row, head, c], size * x[row, head, c], kind.type(0)
-            for k in range(n):
-                memory[k] = decay * memory[k] + inlet * b_row[k]
-                total += memory[k] * c_row[k]
-            y[row, head, c] = total + D[head, c % D.shape[1]] * x[row, head, c]
+def _step_channel(state, decay, inlet, B, C):
+    """One token of one channel: state (n,) <- decay state + inlet B, in place; returns state . C."""
+    total = state.dtype.type(0)
+    for k in range(len(state)):
+        new = decay * state[k] + inlet * B[k]
+        state[k] = new
+        total += new * C[k]
+    return total

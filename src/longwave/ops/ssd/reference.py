@@ -25,7 +25,7 @@ def ssd(
     reset: Tensor | None,  # (b, l)
     lengths: Tensor | None,  # (b,)
 ) -> tuple[Tensor, Tensor]:
-    b, l, h, p = x.shape  # noqa: E741
+    b, l, h, p = x.shape
     g, n = B.shape[2:]
     dtype = state_dtype(x.dtype)
     dt = step_sizes(dt.to(dtype), dt_bias, dt_softplus, dt_limit)
@@ -51,9 +51,7 @@ def ssd(
     return torch.stack(ys, dim=1).to(x.dtype), state
 
 
-def step_sizes(
-    dt: Tensor, dt_bias: Tensor | None, dt_softplus: bool, dt_limit: tuple[float, float]
-) -> Tensor:
+def step_sizes(dt: Tensor, dt_bias: Tensor | None, dt_softplus: bool, dt_limit: tuple[float, float]) -> Tensor:
     """clamp(softplus(dt + dt_bias), dt_limit), in dt's dtype."""
     if dt_bias is not None:
         dt = dt + dt_bias.to(dt.dtype)

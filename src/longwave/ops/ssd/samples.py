@@ -26,7 +26,7 @@ SHAPES: tuple[dict[str, Any], ...] = (
 def make(shape: dict[str, Any], dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> dict[str, Any]:
     """Keyword arguments of `ssd`. Parameters are float32 beside 16-bit activations."""
     generator = torch.Generator().manual_seed(seed)
-    b, l, h, p, g, n = (shape[key] for key in ("b", "l", "h", "p", "g", "n"))  # noqa: E741
+    b, l, h, p, g, n = (shape[key] for key in ("b", "l", "h", "p", "g", "n"))
     parameter = torch.float64 if dtype == torch.float64 else torch.float32
 
     def normal(*size: int) -> Tensor:
