@@ -103,7 +103,7 @@ def silu(x):
 def silu_slope(x):
     """The derivative of silu."""
     s = sigmoid(x)
-    return s * (1 + x * (1 - s))
+    return s * (1 + x * sigmoid(-x))
 
 
 def softplus(x):
@@ -138,11 +138,16 @@ def _silu(x):
 
 @overload(silu_slope, jit_options=OPTIONS)
 def _silu_slope(x):
-    one = np.float32(1) if x == types.float32 else 1.0
+    zero, one = (np.float32(0), np.float32(1)) if x == types.float32 else (0.0, 1.0)
 
     def silu_slope_any(x):
-        s = sigmoid(x)
-        return s * (one + x * (one - s))
+        # sigmoid(x) and sigmoid(-x), the larger and the smaller, neither by a subtraction from 1.
+        u = exp(-x if x > zero else x)
+        large = one / (one + u)
+        small = u * large
+        s = large if x > zero else small
+        rest = small if x > zero else large
+        return s * (one + x * rest)
 
     return silu_slope_any
 

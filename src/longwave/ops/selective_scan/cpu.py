@@ -408,7 +408,7 @@ def _step_block(h, x, dt, A, B, C, D, z, dt_bias, dt_softplus, y):
         step, entry, one, rate = y[c], y[c] * x[c], h[c], A[c]
         for k in range(n):
             one[k] = exp(step * rate[k]) * one[k] + entry * B[k]
-    # A loop of its own: each sum waits for itself, and would hold up the exponentials.
+    # A loop of its own: a sum is a chain of additions, each of which waits for the one before.
     for c in range(width):
         one, total = h[c], y.dtype.type(0)
         for k in range(n):
