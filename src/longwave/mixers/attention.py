@@ -10,6 +10,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from longwave.errors import UsageError
 from longwave.mixers.base import check_positive, compute_dtype, reset_children
+from longwave.mixers.linear import Linear
 from longwave.ops.checks import state_dtype
 
 UNLIMITED = torch.iinfo(torch.int64).max
@@ -87,10 +88,10 @@ class Attention(nn.Module):
             )
         self.window = config.window or UNLIMITED
         h, h_kv, p = self.n_heads, self.n_kv_heads, self.d_head
-        self.q_proj = nn.Linear(d_model, h * p, bias=config.qkv_bias)
-        self.k_proj = nn.Linear(d_model, h_kv * p, bias=config.qkv_bias)
-        self.v_proj = nn.Linear(d_model, h_kv * p, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(h * p, d_model, bias=config.out_bias)
+        self.q_proj = Linear(d_model, h * p, bias=config.qkv_bias)
+        self.k_proj = Linear(d_model, h_kv * p, bias=config.qkv_bias)
+        self.v_proj = Linear(d_model, h_kv * p, bias=config.qkv_bias)
+        self.o_proj = Linear(h * p, d_model, bias=config.out_bias)
 
     def reset_parameters(self) -> None:
         reset_children(self)
@@ -134,7 +135,7 @@ class Attention(nn.Module):
     def step(self, x: Tensor, state: AttentionState) -> Tensor:
         """Raises ValueError when the state has no room: `state.reserve(n)` makes it."""
         number = state.length[:, None]  # (b, 1)
-        q, k, v = self._project(x[:, None], number - state.start[:, None])
+        q, k, v = self._project(x, number - state.start[:, None])
         filled = self._filled(state)
         rows = torch.arange(len(x), device=x.device)
         slot = state.length % state.capacity
@@ -148,8 +149,8 @@ class Attention(nn.Module):
         return self.o_proj(y[:, 0].to(x.dtype))
 
     def _project(self, x: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q (b, l, h, p), k and v (b, l, h_kv, p). `position` (b, l) in the document turns q and k."""
-        b, l, _ = x.shape
+        """x (b, l, d), or (b, d) for one token: q (b, l, h, p), k and v (b, l, h_kv, p), turned by `position` (b, l)."""
+        b, l = position.shape
         q = self.q_proj(x).view(b, l, self.n_heads, self.d_head)
         k = self.k_proj(x).view(b, l, self.n_kv_heads, self.d_head)
         v = self.v_proj(x).view(b, l, self.n_kv_heads, self.d_head)

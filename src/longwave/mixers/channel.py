@@ -8,6 +8,7 @@ from torch.nn.functional import gelu, silu
 
 from longwave.errors import UsageError
 from longwave.mixers.base import check_positive, reset_children
+from longwave.mixers.linear import Linear
 
 
 class MLP(nn.Module):
@@ -35,8 +36,8 @@ class MLP(nn.Module):
         super().__init__()
         self.config = config or self.Config()
         self.d_model, self.d_inner = d_model, self.config.d_inner or 4 * d_model
-        self.fc1 = nn.Linear(d_model, self.d_inner, bias=self.config.bias)
-        self.fc2 = nn.Linear(self.d_inner, d_model, bias=self.config.bias)
+        self.fc1 = Linear(d_model, self.d_inner, bias=self.config.bias)
+        self.fc2 = Linear(self.d_inner, d_model, bias=self.config.bias)
 
     def reset_parameters(self) -> None:
         reset_children(self)
@@ -69,9 +70,9 @@ class SwiGLU(nn.Module):
         super().__init__()
         self.config = config or self.Config()
         self.d_model, self.d_inner = d_model, self.config.d_inner or -(-8 * d_model // 3 // 128) * 128
-        self.gate_proj = nn.Linear(d_model, self.d_inner, bias=self.config.bias)
-        self.up_proj = nn.Linear(d_model, self.d_inner, bias=self.config.bias)
-        self.down_proj = nn.Linear(self.d_inner, d_model, bias=self.config.bias)
+        self.gate_proj = Linear(d_model, self.d_inner, bias=self.config.bias)
+        self.up_proj = Linear(d_model, self.d_inner, bias=self.config.bias)
+        self.down_proj = Linear(self.d_inner, d_model, bias=self.config.bias)
 
     def reset_parameters(self) -> None:
         reset_children(self)

@@ -6,12 +6,11 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
 from longwave.errors import UsageError
 from longwave.mixers.base import check_positive, compute_dtype, reset_children
+from longwave.mixers.linear import Linear
 from longwave.mixers.norm import RMSNorm
-from longwave.mixers.projection import project_token
 from longwave.mixers.ssm_parameters import Float32Parameters, check_dt_range, float32_parameter, init_dt_bias
 from longwave.ops.causal_conv1d import causal_conv1d, causal_conv1d_step
 from longwave.ops.checks import state_dtype
@@ -23,7 +22,7 @@ class MambaState(NamedTuple):
     ssm: Tensor  # (b, e, n), float32
 
 
-class DtProjection(Float32Parameters, nn.Linear):
+class DtProjection(Float32Parameters, Linear):
     """W of dt = softplus(W u + bias). The bias is added in float32 inside the scan, not here.
 
     It is about -5 where W u is small, so that rounding their sum to bfloat16 would move dt by a percent.
@@ -40,7 +39,7 @@ class DtProjection(Float32Parameters, nn.Linear):
         nn.init.uniform_(self.weight, -bound, bound)
 
     def forward(self, input: Tensor) -> Tensor:
-        return linear(input, self.weight)
+        return self.project(input, None)
 
 
 class Mamba(Float32Parameters):
@@ -96,13 +95,13 @@ class Mamba(Float32Parameters):
         self.d_model, self.d_inner = d_model, config.d_inner or config.expand * d_model
         self.dt_rank = math.ceil(d_model / 16) if config.dt_rank == "auto" else config.dt_rank
         e, n, w = self.d_inner, config.d_state, config.d_conv
-        self.in_proj = nn.Linear(d_model, 2 * e, bias=config.bias)
+        self.in_proj = Linear(d_model, 2 * e, bias=config.bias)
         self.conv1d = nn.Conv1d(e, e, w, groups=e, padding=w - 1, bias=config.conv_bias)
-        self.x_proj = nn.Linear(e, self.dt_rank + 2 * n, bias=False)
+        self.x_proj = Linear(e, self.dt_rank + 2 * n, bias=False)
         self.dt_proj = DtProjection(self.dt_rank, e)
         self.A_log = float32_parameter(e, n)
         self.D = float32_parameter(e)
-        self.out_proj = nn.Linear(e, d_model, bias=config.bias)
+        self.out_proj = Linear(e, d_model, bias=config.bias)
         if config.inner_norm:
             norm = {"eps": config.inner_norm_eps, "weighted": config.inner_norm == "learned"}
             self.dt_layernorm = RMSNorm(self.dt_rank, **norm)
@@ -145,13 +144,13 @@ class Mamba(Float32Parameters):
 
     @torch.no_grad()
     def step(self, x: Tensor, state: MambaState) -> Tensor:
-        x, z = project_token(self.in_proj, x).chunk(2, dim=-1)  # (b, e)
+        x, z = self.in_proj(x).chunk(2, dim=-1)  # (b, e)
         x = causal_conv1d_step(state.conv, x, self.conv1d.weight.squeeze(1), self.conv1d.bias, activation="silu")
         dt, B, C = self._select(x)
         A = -torch.exp(self.A_log)
         bias = self.dt_proj.bias
         y = selective_scan_step(state.ssm, x, dt, A, B, C, D=self.D, z=z, dt_bias=bias, dt_softplus=True)
-        return project_token(self.out_proj, y)
+        return self.out_proj(y)
 
     def _select(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What each token chooses: dt (..., e), before its bias and softplus, B and C (..., n)."""

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from longwave.errors import UsageError
 from longwave.mixers.base import check_positive, compute_dtype, reset_children
+from longwave.mixers.linear import Linear
 from longwave.mixers.norm import RMSNorm
-from longwave.mixers.projection import project_token
 from longwave.mixers.ssm_parameters import Float32Parameters, check_dt_range, float32_parameter, init_dt_bias
 from longwave.ops.causal_conv1d import causal_conv1d, causal_conv1d_step
 from longwave.ops.checks import state_dtype
@@ -89,7 +89,7 @@ class Mamba2(Float32Parameters):
         self.d_bc = config.n_groups * config.d_state
         e, h, w = self.d_inner, self.n_heads, config.d_conv
         d_conv_channels = e + 2 * self.d_bc
-        self.in_proj = nn.Linear(d_model, e + d_conv_channels + h, bias=config.bias)
+        self.in_proj = Linear(d_model, e + d_conv_channels + h, bias=config.bias)
         self.conv1d = nn.Conv1d(
             d_conv_channels, d_conv_channels, w, groups=d_conv_channels, padding=w - 1, bias=config.conv_bias
         )
@@ -99,7 +99,7 @@ class Mamba2(Float32Parameters):
         self.norm = RMSNorm(
             e, eps=config.norm_eps, group_size=e // config.n_groups, norm_before_gate=config.norm_before_gate
         )
-        self.out_proj = nn.Linear(e, d_model, bias=config.bias)
+        self.out_proj = Linear(e, d_model, bias=config.bias)
         self.reset_parameters()
 
     @torch.no_grad()
@@ -136,10 +136,10 @@ class Mamba2(Float32Parameters):
 
     @torch.no_grad()
     def step(self, x: Tensor, state: Mamba2State) -> Tensor:
-        z, xBC, dt = project_token(self.in_proj, x).split((self.d_inner, self.conv1d.in_channels, self.n_heads), dim=-1)
+        z, xBC, dt = self.in_proj(x).split((self.d_inner, self.conv1d.in_channels, self.n_heads), dim=-1)
         xBC = causal_conv1d_step(state.conv, xBC, self.conv1d.weight.squeeze(1), self.conv1d.bias, activation="silu")
         y = ssd_step(state.ssm, *self._scan_inputs(xBC, dt), **self._scan_options())
-        return project_token(self.out_proj, self.norm(y.flatten(-2), z))
+        return self.out_proj(self.norm(y.flatten(-2), z))
 
     def _scan_inputs(self, xBC: Tensor, dt: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """x (..., h, p), dt (..., h), A (h,), B and C (..., g, n)."""

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from longwave.mixers.base import check_positive, reset_children
+from longwave.mixers.linear import Linear
 from longwave.ops.checks import state_dtype
 
 
@@ -53,7 +54,7 @@ class _RNN(nn.Module):
         if config.bias:
             self.bias_ih_l0 = nn.Parameter(torch.empty(rows))
             self.bias_hh_l0 = nn.Parameter(torch.empty(rows))
-        self.out_proj = nn.Linear(self.d_hidden, d_model, bias=False) if config.d_hidden else None
+        self.out_proj = Linear(self.d_hidden, d_model, bias=False) if config.d_hidden else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

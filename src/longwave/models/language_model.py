@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from longwave.config import from_dict, to_dict
 from longwave.errors import LongwaveError, UsageError
+from longwave.mixers.linear import Linear
 from longwave.models.blocks import NORMS, Block, Stack, check_layers, layer_configs
 from longwave.models.loss import linear_cross_entropy
 from longwave.models.saving import fill, open_safetensors, write_safetensors, write_text
@@ -66,7 +67,7 @@ class LanguageModel(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.layers = Stack(Block(config.d_model, layer, **norm) for layer in config.layers)
         self.norm_f = NORMS[config.norm](config.d_model, eps=config.norm_eps)
-        self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.d_model, config.vocab_size, bias=False)
         self._start_embedding()
         self.layers.fingerprint = fingerprint(config, self)
 

@@ -9,6 +9,7 @@ from torch.nn.utils.rnn import PackedSequence
 from longwave.config import nearest
 from longwave.errors import UsageError
 from longwave.mixers import MIXERS
+from longwave.mixers.linear import Linear
 from longwave.mixers.norm import RMSNorm
 from longwave.models.blocks import Block, Stack, check_layers
 from longwave.models.state import State, fingerprint
@@ -43,7 +44,7 @@ class SSM(nn.Module):
             )
         self.input_size, self.hidden_size, self.batch_first = input_size, hidden_size, batch_first
         layers = (_mixer_config(mixer),) * num_layers
-        self.in_proj = nn.Linear(input_size, hidden_size) if input_size != hidden_size else None
+        self.in_proj = Linear(input_size, hidden_size) if input_size != hidden_size else None
         self.layers = Stack((Block(hidden_size, layer) for layer in layers), dropout=dropout)
         self.norm_f = RMSNorm(hidden_size)
         self.layers.fingerprint = fingerprint({"d_model": hidden_size, "layers": layers}, self)
