@@ -38,7 +38,7 @@ _STEP_ELEMENTS = 1 << 15  # of the state, for which another thread is worth star
 def forward(x, dt, A, B, C, D, dt_bias, initial_state, reset, lengths, dt_softplus, low, high, chunk_len):
     b, l, h, p = x.shape
     inputs = _Inputs(x, A, B, C, D, initial_state, reset, lengths, chunk_len)
-    sizes = step_sizes(dt.detach().to(inputs.dtype), dt_bias, dt_softplus, (low, high)).contiguous()
+    sizes = step_sizes(dt.detach().to(inputs.dtype), dt_bias, dt_softplus, (low, high)).detach().contiguous()
     y = inputs.empty(b, l, h, p)
     final = torch.empty(b, h, p, B.shape[-1], dtype=inputs.dtype)
 
@@ -53,7 +53,7 @@ def backward(dy, dfinal, x, dt, A, B, C, D, dt_bias, initial_state, reset, lengt
     b, l, h, p = x.shape
     g, n = B.shape[2:]
     inputs = _Inputs(x, A, B, C, D, initial_state, reset, lengths, chunk_len)
-    sizes = step_sizes(dt.detach().to(inputs.dtype), dt_bias, dt_softplus, (low, high)).contiguous()
+    sizes = step_sizes(dt.detach().to(inputs.dtype), dt_bias, dt_softplus, (low, high)).detach().contiguous()
     dy_flat, dy_strides = flat(dy.to(inputs.dtype))
     # Heads of one group add to the same dB and dC: each block has a slice of its own, summed in a fixed order.
     dx, dB, dC = inputs.empty(b, l, h, p), *(inputs.empty(b, l, g, inputs.splits, n) for _ in range(2))
@@ -130,11 +130,11 @@ class _Inputs:
         state = self.zeros(b, h, p, n) if initial_state is None else initial_state.detach().to(self.dtype)
         self.kernel_args = (
             *(part for t in (x, B, C) for part in flat(t.to(self.dtype))),
-            A.detach().to(self.dtype).numpy(),
+            A.detach().to(self.dtype).contiguous().numpy(),
             skip.contiguous().numpy(),
             state.contiguous().numpy(),
-            np.zeros((b, l), np.bool_) if reset is None else reset.numpy(),
-            np.full(b, l) if lengths is None else lengths.numpy(),
+            np.zeros((b, l), np.bool_) if reset is None else reset.contiguous().numpy(),
+            np.full(b, l) if lengths is None else lengths.contiguous().numpy(),
             min(chunk_len or _CHUNK, l),
         )
 
