@@ -149,7 +149,7 @@ class Attention(nn.Module):
         return self.o_proj(y[:, 0].to(x.dtype))
 
     def _project(self, x: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x (b, l, d), or (b, d) for one token: q (b, l, h, p), k and v (b, l, h_kv, p), turned by `position` (b, l)."""
+        """x (b, l, d), or (b, d) for one token: q (b, l, h, p), k and v (b, l, h_kv, p), at `position` (b, l)."""
         b, l = position.shape
         q = self.q_proj(x).view(b, l, self.n_heads, self.d_head)
         k = self.k_proj(x).view(b, l, self.n_kv_heads, self.d_head)

@@ -1,6 +1,8 @@
 """Public function of the one-token projection, and its registration."""
 
+import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from longwave.ops.checks import check_shape
 from longwave.ops.linear_step import reference
@@ -28,3 +30,9 @@ _forward = define(
     fake=lambda x, weight, bias: x.new_empty(x.shape[0], weight.shape[0]),
     cpu="longwave.ops.linear_step.cpu:forward",
 )
+
+
+@register_flop_formula(torch.ops.longwave.linear_step)
+def _flops(x_shape, weight_shape, *args, **kwargs) -> int:
+    """So that torch's FlopCounterMode counts it."""
+    return 2 * x_shape.numel() * weight_shape[0]
