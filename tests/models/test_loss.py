@@ -1,5 +1,7 @@
 """The loss in parts equals torch's cross entropy on all logits, and never holds them."""
 
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -27,6 +29,18 @@ class LargestTensor(TorchDispatchMode):
         return out
 
 
+@pytest.fixture(params=["plain", "hooked"])
+def way(request):
+    """The two ways through parts: a plain head's gradients come with the loss, another's logits are made anew."""
+
+    def prepare(head):
+        if request.param == "hooked":
+            head.register_forward_hook(lambda module, args, logits: None)
+        return head
+
+    return prepare
+
+
 def problem(dtype=torch.float64):
     head = nn.Linear(8, V, bias=False, dtype=dtype)
     hidden = torch.randn(3, 11, 8, dtype=dtype, requires_grad=True)
@@ -38,8 +52,9 @@ def problem(dtype=torch.float64):
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("at_once", [1, 5, 11, 33, 1000])
-def test_equals_plain_cross_entropy(reduction, at_once):
+def test_equals_plain_cross_entropy(reduction, at_once, way):
     head, hidden, targets = problem()
+    way(head)
     weights = torch.randn(3, 11).double() if reduction == "none" else torch.tensor(1.7).double()
     plain = cross_entropy(head(hidden).flatten(0, 1), targets.flatten(), reduction=reduction)
     plain = plain.view(3, 11) if reduction == "none" else plain
@@ -68,9 +83,9 @@ def test_nothing_to_predict_is_nan_as_in_torch():
     assert linear_cross_entropy(head, hidden, nothing, vocab_size=V, max_logits=V, reduction="sum") == 0
 
 
-def test_memory_is_bounded():
+def test_memory_is_bounded(way):
     n, v, d, at_once = 64, 1000, 4, 8
-    head = nn.Linear(d, v, bias=False)
+    head = way(nn.Linear(d, v, bias=False))
     hidden, targets = torch.randn(2, n // 2, d, requires_grad=True), torch.randint(0, v, (2, n // 2))
     with LargestTensor() as largest:
         linear_cross_entropy(head, hidden, targets, vocab_size=v, max_logits=at_once * v).backward()
@@ -80,14 +95,23 @@ def test_memory_is_bounded():
     assert largest.elements == n * v
 
 
-def test_nothing_of_the_logits_is_kept_for_the_backward_pass():
+def test_nothing_of_the_logits_is_kept_for_the_backward_pass(way):
     n, v, d, at_once = 64, 1000, 4, 8
-    head = nn.Linear(d, v, bias=False)
+    head = way(nn.Linear(d, v, bias=False))
     hidden, targets = torch.randn(n, d, requires_grad=True), torch.randint(0, v, (n,))
-    kept: list[int] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
-        linear_cross_entropy(head, hidden, targets, vocab_size=v, max_logits=at_once * v)
-    assert max(kept, default=0) < at_once * v
+
+    class Kept:
+        def __init__(self, tensor):
+            self.tensor = tensor
+            alive.add(self)
+
+    alive: weakref.WeakSet[Kept] = weakref.WeakSet()
+    with torch.autograd.graph.saved_tensors_hooks(Kept, lambda kept: kept.tensor):
+        loss = linear_cross_entropy(head, hidden, targets, vocab_size=v, max_logits=at_once * v)
+        assert sum(kept.tensor.numel() for kept in alive) < at_once * v
+        whole = linear_cross_entropy(head, hidden, targets, vocab_size=v, max_logits=n * v)
+        assert sum(kept.tensor.numel() for kept in alive) > n * v
+    assert_close(loss, whole)
 
 
 @pytest.mark.parametrize("at_once", [4, 1000])
@@ -131,8 +155,9 @@ def test_random_heads_draw_the_same_twice():
 
 
 @pytest.mark.parametrize("at_once", [4, 1000])
-def test_bfloat16_autocast(at_once):
+def test_bfloat16_autocast(at_once, way):
     head, hidden, targets = problem(torch.float32)
+    way(head)
     with torch.autocast("cpu", torch.bfloat16):
         loss = linear_cross_entropy(head, hidden, targets, vocab_size=V, max_logits=at_once * V)
         plain = cross_entropy(head(hidden).float().flatten(0, 1), targets.flatten())
@@ -151,6 +176,29 @@ def test_without_gradients():
         loss = linear_cross_entropy(head, hidden, targets, vocab_size=V, max_logits=4 * V)
     assert not loss.requires_grad
     assert_close(loss, cross_entropy(head(hidden).flatten(0, 1), targets.flatten()))
+
+
+@pytest.mark.parametrize(("frozen", "expected"), [("head", 1), ("hidden", 1), ("both", 0)])
+def test_frozen_parts(way, frozen, expected):
+    head, hidden, targets = problem()
+    way(head).requires_grad_(frozen == "hidden")
+    hidden = hidden.detach().requires_grad_(frozen == "head")
+    loss = linear_cross_entropy(head, hidden, targets, vocab_size=V, max_logits=4 * V)
+    inputs = [tensor for tensor in (hidden, head.weight) if tensor.requires_grad]
+    assert loss.requires_grad == bool(inputs)
+    assert len(inputs) == expected
+    if inputs:
+        plain = cross_entropy(head(hidden).flatten(0, 1), targets.flatten())
+        assert_close(torch.autograd.grad(loss, inputs), torch.autograd.grad(plain, inputs))
+
+
+def test_backward_twice_adds_up(way):
+    head, hidden, targets = problem()
+    loss = linear_cross_entropy(way(head), hidden, targets, vocab_size=V, max_logits=4 * V)
+    loss.backward(retain_graph=True)
+    once = head.weight.grad.clone()
+    loss.backward()
+    assert_close(head.weight.grad, 2 * once)
 
 
 @pytest.mark.parametrize("tied", [True, False])

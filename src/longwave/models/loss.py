@@ -1,19 +1,24 @@
 """Cross entropy over a large vocabulary, in memory that does not grow with the number of tokens."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
 from longwave.errors import UsageError
 
-MAX_LOGITS = 2**24  # held at once: 64 MiB in float32
+MAX_LOGITS = 2**25  # made at once: 128 MiB in float32
+
+Part = Callable[[Tensor, Tensor], Tensor]
+"""hidden (n, d), targets (n,) -> their loss, summed or (n,)."""
 
 
 def linear_cross_entropy(
-    head: Callable[[Tensor], Tensor],
+    head: nn.Module,
     hidden: Tensor,
     targets: Tensor,
     *,
@@ -24,10 +29,12 @@ def linear_cross_entropy(
 ) -> Tensor:
     """cross_entropy(head(hidden), targets) without ever holding all logits.
 
-    hidden (..., d), targets (...) int64, head: (n, d) -> (n, v), a module that may be wrapped. Works on as many tokens
-    at a time as give `max_logits` logits; where that takes more than one part, the backward pass computes each part's
-    logits anew (one more product with the head). Logits count in float32 at least. Targets equal to `ignore_index`
-    count nothing; "mean" is over the others, and nan if there are none, as in torch.
+    hidden (..., d), targets (...) int64, head: (n, d) -> (n, v), called as a module, so that it may be wrapped. Works
+    on as many tokens at a time as give `max_logits` logits. Where that takes more than one part, a plain nn.Linear
+    forms its gradients along with the loss, at no further cost; under torch.compile, for reduction "none" and for any other
+    head the backward pass computes each part's logits anew (one more product with the head). Logits count in float32 at
+    least. Targets equal to `ignore_index` count nothing; "mean" is over the others, and nan if there are none, as in
+    torch.
 
     Returns a scalar, or (...) for reduction "none". Raises UsageError for an unknown reduction, ValueError for shapes
     that do not fit.
@@ -46,11 +53,52 @@ def linear_cross_entropy(
     flat, flat_targets = hidden.flatten(0, -2), targets.flatten()  # (n, d), (n,)
     at_once = max(1, max_logits // vocab_size)
     if len(flat) <= at_once:
-        losses = [part_loss(flat, flat_targets)]
+        loss = part_loss(flat, flat_targets)
+    elif reduction != "none" and torch.is_grad_enabled() and _is_plain(head):
+        weights = [weight for weight in head.parameters() if weight.requires_grad]
+        loss = _SumOfParts.apply(part_loss, at_once, flat, flat_targets, *weights)
     else:
         parts = zip(flat.split(at_once), flat_targets.split(at_once), strict=True)
         losses = [checkpoint(part_loss, *part, use_reentrant=False) for part in parts]
+        loss = torch.cat(losses) if reduction == "none" else torch.stack(losses).sum()
     if reduction == "none":
-        return torch.cat(losses).view(targets.shape)
-    total = torch.stack(losses).sum()
-    return total / (targets != ignore_index).sum() if reduction == "mean" else total
+        return loss.view(targets.shape)
+    return loss / (targets != ignore_index).sum() if reduction == "mean" else loss
+
+
+def _is_plain(head: nn.Module) -> bool:
+    """Whether its parameters are all that its output depends on: no adapter, hook, parametrization or sharding."""
+    hooked = head._forward_hooks or head._forward_pre_hooks
+    return type(head) is nn.Linear and not hooked and not torch.compiler.is_compiling()
+
+
+class _SumOfParts(torch.autograd.Function):
+    """The sum of `part_loss` over parts. Its gradients are formed with it, part by part; backward scales them."""
+
+    @staticmethod
+    def forward(ctx: Any, part_loss: Part, at_once: int, hidden: Tensor, targets: Tensor, *weights: Tensor):
+        wants_hidden = hidden.requires_grad
+        total, d_hidden, d_weights = 0.0, [], None
+        for part, part_targets in zip(hidden.split(at_once), targets.split(at_once), strict=True):
+            part = part.detach().requires_grad_(wants_hidden)
+            with torch.enable_grad():
+                loss = part_loss(part, part_targets)
+            wanted = (part, *weights) if wants_hidden else weights
+            with torch.autocast(hidden.device.type, enabled=False):
+                gradients = list(torch.autograd.grad(loss, wanted)) if wanted else []
+            total = total + loss.detach()
+            if wants_hidden:
+                d_hidden.append(gradients.pop(0))
+            d_weights = (
+                gradients if d_weights is None else [a.add_(b) for a, b in zip(d_weights, gradients, strict=True)]
+            )
+        ctx.wants_hidden = wants_hidden
+        ctx.save_for_backward(*([torch.cat(d_hidden)] if wants_hidden else []), *(d_weights or []))
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_loss: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        gradients = [gradient * d_loss.to(gradient.dtype) for gradient in ctx.saved_tensors]
+        d_hidden = gradients.pop(0) if ctx.wants_hidden else None
+        return None, None, d_hidden, None, *gradients
