@@ -31,10 +31,9 @@ def linear_cross_entropy(
 
     hidden (..., d), targets (...) int64, head: (n, d) -> (n, v), called as a module, so that it may be wrapped. Works
     on as many tokens at a time as give `max_logits` logits. Where that takes more than one part, a plain nn.Linear
-    forms its gradients along with the loss, at no further cost; under torch.compile, for reduction "none" and for any other
-    head the backward pass computes each part's logits anew (one more product with the head). Logits count in float32 at
-    least. Targets equal to `ignore_index` count nothing; "mean" is over the others, and nan if there are none, as in
-    torch.
+    forms its gradients along with the loss; under torch.compile, for reduction "none" and for any other head the
+    backward pass computes each part's logits anew (one more product with the head). Logits count in float32 at least.
+    Targets equal to `ignore_index` count nothing; "mean" is over the others, and nan if there are none, as in torch.
 
     Returns a scalar, or (...) for reduction "none". Raises UsageError for an unknown reduction, ValueError for shapes
     that do not fit.
