@@ -26,7 +26,7 @@ def test_kill_at_any_moment_leaves_the_last_checkpoint_loadable(make, monkeypatc
     start.set_forkserver_preload(["longwave.training.loop", "torch._dynamo"])  # imported once for all
     draw = random.Random(1)
     reached = 0
-    for _ in range(6):
+    for _ in range(5):
         process = start.Process(target=train, args=(config,))
         process.start()
         while process.is_alive() and _newest_step(config) == reached:

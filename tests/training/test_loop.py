@@ -57,7 +57,7 @@ def _stop_after(step: int, config: Train.Config) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Job, "gradients", gradients)
-        with pytest.raises(Interrupted, match=rf"after step {step}.*--resume auto"):
+        with pytest.raises(Interrupted, match=rf"after step {step},.*resume=.auto"):
             train(config)
 
 

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from longwave.tasks.progress import clock
 from longwave.training.chart import MOST_POINTS, Line, line_chart, smooth, thin, ticks
-from longwave.training.live import Live, clock, thousands
+from longwave.training.live import Live, thousands
 from longwave.training.log import Log, read_log
 from longwave.training.loop import train
 from longwave.training.progress import Budget, Progress

@@ -8,8 +8,9 @@ from cyclopts import Parameter
 
 from longwave.cli.options import make_app, print_json
 from longwave.cli.train import run_config
+from longwave.hub.run_folder import complete_checkpoints
 from longwave.tasks.text import Text
-from longwave.training import checkpoint
+from longwave.training.checkpoint import read_progress
 from longwave.training.config import Optim
 from longwave.training.loop import train as run_training
 
@@ -27,6 +28,7 @@ def demo(
     seed: int = 0,
     device: str = "auto",
     dtype: Literal["float32", "bfloat16"] = "float32",
+    resume: Literal["auto"] | None = None,
     json: bool = False,
 ) -> None:
     """Train a byte-level hybrid (Mamba-2 and one attention layer), write checkpoint and report, and stream a sample.
@@ -39,10 +41,13 @@ def demo(
         Time to train, evaluation and the first step's compilation not counted.
     out
         Folder of the run. An earlier demo there is replaced.
+    resume
+        auto: go on with an earlier demo that was stopped.
     json
         End with one line of JSON instead of the sample.
     """
-    _remove_earlier_demo(Path(out))
+    if resume is None:
+        _remove_earlier_demo(Path(out))
     prompt = PROMPTS.get(text[0], "\n")
     config = run_config(
         "mamba2*2 attention mamba2*2",
@@ -59,12 +64,13 @@ def demo(
             "eval_every": 0,
             "checkpoint_every": 100,
             "sample_prompt": prompt,
+            "resume": resume,
         },
     )
     model = run_training(config)
-    newest = checkpoint.complete(out)[-1]
+    newest = complete_checkpoints(out)[-1]
     if json:
-        print_json({"out": out, "checkpoint": str(newest)} | checkpoint.read_progress(newest))
+        print_json({"out": out, "checkpoint": str(newest)} | vars(read_progress(newest)))
         return
     print(f"\nmodel: {newest}\nreport: {out}/report.html\n\nA sample, streamed from the model:\n\n{prompt}", end="")
     for piece in model.generate(prompt, max_tokens=400, temperature=0.7, min_p=0.05, seed=seed):

@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
-from longwave.cli.options import load_model, make_app
+from longwave.cli.options import make_app
 from longwave.hub.export import export as write
+from longwave.hub.load import load
 
 app = make_app(
     "export",
@@ -24,5 +25,5 @@ def export(model: str, target: Path, *, format: str) -> None:
     format
         mamba, mamba2 or falcon_mamba (transformers), or state_spaces (mamba_ssm).
     """
-    write(load_model(model), target, format)
+    write(load(model), target, format)
     print(f"{target}: written as {format}")

@@ -6,10 +6,11 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
-from longwave.cli.options import load_model, make_app, print_json
+from longwave.cli.options import make_app, print_json
 from longwave.errors import UsageError
 from longwave.generate.sampling import Sampling
 from longwave.generate.text_model import TextModel
+from longwave.hub.load import load
 from longwave.models.state import State
 from longwave.training.job import pick_device
 
@@ -65,7 +66,7 @@ def generate(
     json
         Print one line of JSON at the end instead of text as it comes.
     """
-    loaded = load_model(model, device=pick_device(device), dtype=dtype)
+    loaded = load(model, device=pick_device(device), dtype=dtype)
     loaded.model.eval()
     state = State.load(state_in, loaded.model) if state_in else None
     text = _read_prompt(prompt, continues=state is not None)

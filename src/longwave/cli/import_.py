@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Literal
 
 from longwave.cli.inspect import pattern
-from longwave.cli.options import load_model, make_app
+from longwave.cli.options import make_app
+from longwave.hub.load import load
 
 app = make_app(
     "import",
@@ -25,7 +26,7 @@ def import_(source: str, target: Path, *, dtype: Literal["float32", "bfloat16", 
     dtype
         Precision to store; by default that of the source.
     """
-    model = load_model(source, dtype=dtype)
+    model = load(source, dtype=dtype)
     model.save(target)
     print(f"{target}: {pattern(model.model.config)}, {model.model.parameter_count():,} parameters")
     if model.tokenizer is None:

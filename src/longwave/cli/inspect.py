@@ -5,9 +5,10 @@ from pathlib import Path
 
 import torch
 
-from longwave.cli.options import load_model, make_app, print_json
+from longwave.cli.options import make_app, print_json
 from longwave.config import nearest, to_dict
 from longwave.errors import UsageError
+from longwave.hub.load import load
 from longwave.models.language_model import LanguageModel
 from longwave.models.presets import PRESETS
 
@@ -63,4 +64,4 @@ def _load(model: str) -> LanguageModel:
             return LanguageModel(PRESETS[model]())
     if not Path(model).exists() and "/" not in model:
         raise UsageError(f"there is no preset or folder {model!r}.{nearest(model, PRESETS)}")
-    return load_model(model).model
+    return load(model).model

@@ -6,42 +6,51 @@ import inspect
 import json
 import textwrap
 import typing
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-from cyclopts import App, Parameter
+from cyclopts import App, Group, Parameter
 
 from longwave.errors import UsageError
-from longwave.generate.text_model import TextModel
-from longwave.hub.load import load
-from longwave.training import checkpoint
 
 
-def make_app(verb: str, examples: tuple[str, ...]) -> App:
-    """The cyclopts app of a verb; its help ends with `examples`."""
-    epilogue = "Examples:\n\n" + "\n\n".join(f"    {line}" for line in examples)
-    return App(
+def make_app(verb: str, examples: tuple[str, ...], notes: tuple[str, ...] = ()) -> App:
+    """The cyclopts app of a verb; its help ends with `notes`, a paragraph each, and `examples`."""
+    paragraphs = [textwrap.fill(note, 78) for note in notes]
+    paragraphs.append("\n".join(["Examples:", *(f"  {line}" for line in examples)]))
+    app = App(
         name=f"longwave {verb}",
-        help_epilogue=epilogue,
+        default_parameter=Parameter(negative=(), show_default=_shown),
+        group_parameters=Group("Options", sort_key=100),
+        help_format="plaintext",  # as Markdown, "mamba2*3" would lose its star
+        help_epilogue="\n\n".join(paragraphs),
         version_flags=[],
         result_action="return_value",
         help_on_error=False,
+        suppress_keyboard_interrupt=False,
     )
+    app["--help"].show = False
+    return app
 
 
-def options_of(config: type, *, without: tuple[str, ...] = ()) -> type:
+def options_of(config: type, *, without: tuple[str, ...] = (), groups: Mapping[str, Group] | None = None) -> type:
     """A dataclass with the fields of `config`, but for those `without`, for use as a parameter of a verb.
 
-    Its `chosen(options)` below gives them back as keywords. Help texts are the strings that follow the fields.
+    `chosen(options)` below gives them back as keywords. Help texts are the strings that follow the fields; `groups`
+    names the part of the help in which a field is shown, where it is not that of the parameter.
     """
     hints = typing.get_type_hints(config)
     docs = _field_docs(config)
     fields = [
-        (f.name, Annotated[hints[f.name], Parameter(help=docs.get(f.name))], _default(f))
+        (f.name, Annotated[hints[f.name], Parameter(help=docs.get(f.name), group=(groups or {}).get(f.name))], _default(f))
         for f in dataclasses.fields(config)
         if f.name not in without
     ]
-    return dataclasses.make_dataclass(config.__qualname__.split(".")[0] + "Options", fields, frozen=True, kw_only=True)
+    name = config.__qualname__.split(".")[0] + "Options"
+    # Without a module of its own the class passes for one of Python's, and cyclopts does not look at its fields.
+    namespace = {"__module__": config.__module__}
+    return dataclasses.make_dataclass(name, fields, frozen=True, kw_only=True, namespace=namespace)
 
 
 def chosen(options: Any) -> dict[str, Any]:
@@ -64,10 +73,11 @@ def read_json(path: Path) -> Any:
         raise UsageError(f"{path} is not JSON: {error}") from error
 
 
-def load_model(path: str, **options: Any) -> TextModel:
-    """The model in a folder, or that of the newest checkpoint of a run's folder."""
-    checkpoints = checkpoint.complete(path)
-    return load(checkpoints[-1] if checkpoints else path, **options)
+def _shown(default: Any) -> str | None:
+    """A default as one would type it; None where there is nothing to type."""
+    if isinstance(default, tuple):
+        default = " ".join(map(str, default))
+    return None if default in (None, False, "") else str(default)
 
 
 def _default(field: dataclasses.Field) -> Any:

@@ -8,13 +8,14 @@ from cyclopts import Parameter
 from longwave.cli.options import chosen, make_app, options_of, print_json, read_json
 from longwave.config import nearest
 from longwave.errors import UsageError
+from longwave.hub.run_folder import complete_checkpoints
 from longwave.models.language_model import LanguageModel
 from longwave.models.pattern import layers_from
 from longwave.models.presets import PRESETS
 from longwave.tasks.documents import read_texts
 from longwave.tasks.text import Text
 from longwave.tasks.tokenizer import load_tokenizer, train_bpe
-from longwave.training import checkpoint
+from longwave.training.checkpoint import read_progress
 from longwave.training.config import Train
 from longwave.training.dry_run import dry_run as probe
 from longwave.training.loop import train as run_training
@@ -73,9 +74,9 @@ def train(
         print_json(vars(found)) if json else print(found)
         return
     run_training(config)
-    newest = checkpoint.complete(config.out)[-1]
+    newest = complete_checkpoints(config.out)[-1]
     if json:
-        print_json({"out": config.out, "checkpoint": str(newest)} | checkpoint.read_progress(newest))
+        print_json({"out": config.out, "checkpoint": str(newest)} | vars(read_progress(newest)))
     else:
         print(f'model: {newest}\nreport: {config.out}/report.html\ntry: longwave generate {config.out} "..."')
 

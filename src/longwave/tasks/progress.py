@@ -36,13 +36,16 @@ class ProgressLine:
 
     def _show(self, seconds: float) -> None:
         part = min(self._done / self._total, 1.0)
-        left = f", {_clock(seconds * (1 - part) / part)} left" if part else ""
+        left = f", {clock(seconds * (1 - part) / part)} left" if part else ""
         begin, end = ("\r", "\x1b[K") if self._terminal else ("", "\n")
         print(f"{begin}{self._what}: {part:.0%}{left}", end=end, file=sys.stderr, flush=True)
         self._shown = True
 
 
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+def clock(seconds: float) -> str:
+    """75 -> 1:15, 3675 -> 1:01:15, 90000 -> 1d 1:00:00."""
+    minutes, s = divmod(round(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    days, h = divmod(hours, 24)
+    text = f"{h}:{m:02}:{s:02}" if hours else f"{m}:{s:02}"
+    return f"{days}d {text}" if days else text

@@ -6,7 +6,7 @@ from html import escape
 from typing import NamedTuple
 
 WIDTH, HEIGHT = 640, 260
-LEFT, RIGHT, TOP, BOTTOM = 58, 14, 12, 34  # margins
+LEFT, RIGHT, TOP, BOTTOM = 58, 28, 12, 34  # margins
 MOST_POINTS = 400  # of one line; more would not be seen
 
 

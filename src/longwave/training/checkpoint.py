@@ -81,7 +81,7 @@ def find(config: Train.Config) -> Path | None:
             else ""
         )
         raise UsageError(f"{folder} is not a complete checkpoint of a training run{hint}")
-    if present and _step(present[-1]) > _step(folder):
+    if present and read_progress(present[-1]).step > read_progress(folder).step:
         raise UsageError(f"{config.out} holds {present[-1].name}, newer than {folder}: name another --out")
     return folder
 
@@ -91,11 +91,15 @@ def restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, co
 
     Raises UsageError naming every setting that matters and differs from the checkpoint's.
     """
-    trainer = json.loads((folder / "trainer.json").read_text(encoding="utf-8"))
-    _check_same(trainer["config"], json.loads(json.dumps(to_dict(config))), folder)
+    _check_same(_trainer(folder)["config"], json.loads(json.dumps(to_dict(config))), folder)
     stored, _ = open_safetensors(folder / "optimizer.safetensors")
     _load_optimizer(model, optimizer, {name: tensor.read() for name, tensor in stored.items()}, folder)
-    return Progress(**trainer["progress"])
+    return read_progress(folder)
+
+
+def read_progress(folder: Path) -> Progress:
+    """How far the run of a complete checkpoint had come."""
+    return Progress(**_trainer(folder)["progress"])
 
 
 @contextlib.contextmanager
@@ -122,8 +126,8 @@ def _home(out: str | Path) -> Path:
     return Path(out) / "checkpoints"
 
 
-def _step(folder: Path) -> int:
-    return json.loads((folder / "trainer.json").read_text(encoding="utf-8"))["progress"]["step"]
+def _trainer(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "trainer.json").read_text(encoding="utf-8"))
 
 
 def _delete_old(out: str | Path, keep: int) -> None:

@@ -5,11 +5,12 @@ from dataclasses import dataclass
 
 import torch
 
+from longwave.tasks.progress import clock
 from longwave.training import memory
 from longwave.training.config import Train
 from longwave.training.flops import flops_per_token
 from longwave.training.job import Job
-from longwave.training.live import clock, thousands
+from longwave.training.live import thousands
 from longwave.training.optim import decay_groups
 from longwave.training.progress import Budget, Progress
 

@@ -1,6 +1,7 @@
 """Where a run took place and how to repeat it."""
 
 import importlib.metadata
+import itertools
 import os
 import platform
 import shlex
@@ -27,16 +28,23 @@ def environment(device: torch.device) -> dict[str, str]:
 
 
 def command() -> str:
-    """The command that started this process, without --resume, for the report and for the advice after Ctrl-C."""
-    arguments = sys.argv[1:]
+    """The command that started this process, without --resume."""
+    program, *words = sys.argv
     kept = [
         word
-        for previous, word in zip(["", *arguments], arguments, strict=False)
-        if previous != "--resume" and word != "--resume" and not word.startswith("--resume=")
+        for previous, word in itertools.pairwise(["", *words])
+        if "--resume" not in (previous, word) and not word.startswith("--resume=")
     ]
-    program = Path(sys.argv[0])
-    is_own = program.stem == "longwave" or program.parent.name in ("longwave", "cli")
-    return shlex.join(["longwave", *kept] if is_own else ["python", sys.argv[0], *kept])
+    return shlex.join(["longwave", *kept] if _is_longwave(program) else ["python", program, *kept])
+
+
+def how_to_resume() -> str:
+    """The command, or for a program of the user's own the setting, that goes on with this run."""
+    return f"{command()} --resume auto" if _is_longwave(sys.argv[0]) else 'the same configuration and resume="auto"'
+
+
+def _is_longwave(program: str) -> bool:
+    return Path(program).stem == "longwave" or Path(program).parts[-2:] == ("longwave", "__main__.py")
 
 
 def _processor() -> str:

@@ -4,6 +4,7 @@ import sys
 import time
 from typing import TextIO
 
+from longwave.tasks.progress import clock
 from longwave.training.progress import Budget, Progress
 
 TERMINAL_PERIOD, PLAIN_PERIOD = 0.1, 10.0  # seconds between lines
@@ -57,15 +58,6 @@ class Live:
         parts.append(f"MFU {rate / self._peak:.1%}" if self._peak else f"{rate / 1e9:.1f} GFLOP/s")
         parts.append(f"ETA {clock(self._budget.seconds_left(progress, self._seconds_per_step or 0.0))}")
         return "  ".join(parts)
-
-
-def clock(seconds: float) -> str:
-    """75 -> 1:15, 3675 -> 1:01:15, 90000 -> 1d 1:00:00."""
-    minutes, s = divmod(round(seconds), 60)
-    hours, m = divmod(minutes, 60)
-    days, h = divmod(hours, 24)
-    text = f"{h}:{m:02}:{s:02}" if hours else f"{m}:{s:02}"
-    return f"{days}d {text}" if days else text
 
 
 def thousands(number: float) -> str:

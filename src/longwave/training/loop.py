@@ -11,7 +11,7 @@ from longwave.generate.text_model import TextModel
 from longwave.hub.run_folder import complete_checkpoints
 from longwave.training import checkpoint
 from longwave.training.config import Train
-from longwave.training.environment import command, environment
+from longwave.training.environment import command, environment, how_to_resume
 from longwave.training.flops import flops_per_token, peak_flops
 from longwave.training.interrupt import Interrupt, Interrupted
 from longwave.training.job import Job
@@ -81,7 +81,7 @@ def train(config: Train.Config) -> TextModel:
                 write_report(config.out)
             if stop:
                 raise Interrupted(
-                    f"stopped after step {progress.step}, saved in {folder}. Go on with: {command()} --resume auto",
+                    f"stopped after step {progress.step}, saved in {folder}. Go on with {how_to_resume()}",
                     stop,
                 )
     job.model.eval()

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from longwave.models.saving import write_text
+from longwave.tasks.progress import clock
 from longwave.training.chart import Line, line_chart, smooth
-from longwave.training.live import clock, thousands
+from longwave.training.live import thousands
 from longwave.training.log import read_log
 
 STYLE = """
