@@ -57,3 +57,12 @@ def test_best_is_the_lowest():
 def test_no_length_says_how_to_give_one():
     with pytest.raises(UsageError, match="--minutes"):
         Budget(None, None, Progress())
+
+
+@pytest.mark.parametrize(
+    "bad", [{"seed": 2**31}, {"batch_size": 0}, {"keep": 0}, {"eval_every": -3}, {"minutes": 0.0}, {"steps": -7}]
+)
+def test_bad_settings_are_printed(make, bad):
+    (name, value), *_ = bad.items()
+    with pytest.raises(UsageError, match=rf"{name} must .*{value}"):
+        make(**bad)

@@ -122,6 +122,8 @@ class Train:
             for name in ("eval_every", "eval_tokens", "checkpoint_every", "sample_tokens"):
                 if getattr(self, name) < 0:
                     raise UsageError(f"{name} must be 0 or more, got {getattr(self, name)}")
+            if not 0 <= self.seed < 2**31:
+                raise UsageError(f"seed must lie in 0..{2**31 - 1}, got {self.seed}")
             for name in ("steps", "minutes"):
                 value = getattr(self, name)
                 if value is not None and value <= 0:
