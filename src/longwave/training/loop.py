@@ -66,8 +66,8 @@ def train(config: Train.Config) -> TextModel:
             log.write("step", progress.step, loss=loss, lr=lr, grad_norm=norm, tokens=progress.tokens, seconds=seconds)
             live.update(progress, loss, job.tokens_per_step, seconds)
 
-            stop = interrupt.signal_number
             last = budget.spent(progress)
+            stop = None if last else interrupt.signal_number
             if not stop and _due(progress.step, config.eval_every, last):
                 bits_per_byte, n_bytes = job.bits_per_byte()
                 progress.evaluated(bits_per_byte)
