@@ -16,10 +16,9 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic, overload
 
-# Without "nnan" and "ninf": NaN and infinity keep their meaning.
-FASTMATH = {"contract", "nsz", "arcp", "reassoc"}
-# Division as numpy has it: Python's check for a zero divisor is a branch, which stops vectorisation.
-OPTIONS: Any = {"fastmath": FASTMATH, "error_model": "numpy"}
+# Without "nnan" and "ninf": NaN and infinity keep their meaning. Division as numpy has it: Python's check for a
+# zero divisor is a branch, which stops vectorisation.
+OPTIONS: Any = {"fastmath": {"contract", "nsz", "arcp", "reassoc"}, "error_model": "numpy"}
 jit: Any = numba.njit(nogil=True, cache=True, **OPTIONS)
 
 # 2^(1+f) on [-1/2, 1/2]: minimax in relative error (9e-8) among polynomials exact at 0, so that a decay
