@@ -1,0 +1,160 @@
+"""What `longwave bench ops` measures: operators, their sizes, and whom they run beside."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from longwave import ops
+from longwave.bench import plain
+from longwave.bench.calls import Inputs
+from longwave.bench.peers import OURS
+from longwave.ops.causal_conv1d import causal_conv1d_step
+from longwave.ops.causal_conv1d import samples as conv_samples
+from longwave.ops.gated_rms_norm import samples as norm_samples
+from longwave.ops.linear_step import linear_step
+from longwave.ops.linear_step import samples as linear_samples
+from longwave.ops.selective_scan import samples as scan_samples
+from longwave.ops.selective_scan import selective_scan_step
+from longwave.ops.ssd import samples as ssd_samples
+from longwave.ops.ssd import ssd_step
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One operator. `make(shape, dtype, seed=)` gives its keyword arguments, a contender takes them and returns y.
+
+    `operations(shape)` of the forward, a multiply-add being two. `forward_only` names contenders that are not timed
+    backward. `peers`: a contender's name, its source among SOURCES, and its function there. `copies` of the inputs take
+    turns, so that a step reads its weights and its state from where the layers of a model have them.
+    """
+
+    full: dict[str, Any]
+    small: dict[str, Any]
+    make: Callable[..., Inputs]
+    contenders: dict[str, Callable[..., Tensor]]
+    operations: Callable[[dict[str, Any]], int]
+    dtype: torch.dtype = torch.float32
+    backward: bool = True
+    forward_only: tuple[str, ...] = ()
+    peers: tuple[tuple[str, str, str], ...] = ()
+    copies: int = 1
+
+
+def _first(op: Callable[..., tuple[Tensor, Tensor]], **options: Any) -> Callable[..., Tensor]:
+    """`op` without its final state."""
+    return lambda **inputs: op(**inputs, **options)[0]
+
+
+def _step_inputs(make: Callable[..., Inputs], initial_state: Callable[..., Tensor], sequences: tuple[str, ...]):
+    """The inputs of a step: those of a sequence of one token, without its axis, and a state."""
+
+    def make_step(shape: dict[str, Any], dtype: torch.dtype, seed: int = 0) -> Inputs:
+        inputs = make(shape | {"l": 1}, dtype, seed=seed)
+        inputs |= {name: inputs[name][:, 0] for name in sequences}
+        inputs.pop("chunk_len", None)
+        return {"state": initial_state(shape, dtype, seed=seed)} | inputs
+
+    return make_step
+
+
+_LENGTH = {"l": 2048}
+_SMALL_LENGTH = {"l": 40}
+_SCAN = {"b": 1, "e": 1536, "n": 16}
+_SSD = {"b": 1, "h": 24, "p": 64, "n": 128, "g": 1, "dt_softplus": True}
+_SMALL_SCAN = {"b": 1, "e": 64, "n": 16}
+_SMALL_SSD = {"b": 1, "h": 2, "p": 32, "n": 16, "g": 1, "dt_softplus": True}
+_LAYERS = 24  # of the 130M models
+
+_linear = {
+    "full": {"b": 1, "k": 768, "n": 3072},
+    "small": {"b": 1, "k": 64, "n": 96},
+    "make": linear_samples.make,
+    "contenders": {OURS: linear_step, "torch linear": lambda x, weight, bias: linear(x, weight, bias)},
+    "operations": lambda s: 2 * s["b"] * s["k"] * s["n"],
+    "backward": False,
+    "copies": _LAYERS,
+}
+
+CASES: dict[str, Case] = {
+    "selective_scan": Case(
+        full=_SCAN | _LENGTH | {"z": False, "dt_bias": False},
+        small=_SMALL_SCAN | _SMALL_LENGTH | {"z": False, "dt_bias": False},
+        make=scan_samples.make,
+        contenders={
+            OURS: _first(ops.selective_scan),
+            "torch loop": plain.selective_scan,
+            "reference": _first(ops.selective_scan, impl="reference"),
+        },
+        operations=lambda s: s["b"] * s["l"] * s["e"] * (7 * s["n"] + 3),
+        peers=(("mambapy pscan", "mambapy", "selective_scan"),),
+    ),
+    "ssd": Case(
+        full=_SSD | _LENGTH,
+        small=_SMALL_SSD | _SMALL_LENGTH,
+        make=ssd_samples.make,
+        contenders={
+            OURS: _first(ops.ssd),
+            "reference": _first(ops.ssd, impl="reference"),
+        },
+        # as its recurrence, which blocks of matrix products exceed
+        operations=lambda s: s["b"] * s["l"] * s["h"] * (5 * s["p"] * s["n"] + 3 * s["p"] + 2),
+        forward_only=("reference",),  # its graph holds every state: 10 GB at full size
+        peers=(("transformers", "transformers", "ssd"),),
+    ),
+    "causal_conv1d": Case(
+        full={"b": 1, "l": 2048, "e": 1536, "w": 4, "activation": "silu"},
+        small={"b": 1, "l": 40, "e": 64, "w": 4, "activation": "silu"},
+        make=conv_samples.make,
+        contenders={
+            OURS: _first(ops.causal_conv1d),
+            "torch conv1d": plain.causal_conv1d,
+            "reference": _first(ops.causal_conv1d, impl="reference"),
+        },
+        operations=lambda s: s["b"] * s["l"] * s["e"] * 2 * s["w"],
+    ),
+    "gated_rms_norm": Case(
+        full={"b": 1, "l": 2048, "e": 1536, "gate": True},
+        small={"b": 1, "l": 40, "e": 64, "gate": True},
+        make=norm_samples.make,
+        contenders={
+            OURS: ops.gated_rms_norm,
+            "torch rms_norm": plain.gated_rms_norm,
+            "reference": partial(ops.gated_rms_norm, impl="reference"),
+        },
+        operations=lambda s: s["b"] * s["l"] * s["e"] * 8,
+    ),
+    "selective_scan_step": Case(
+        full=_SCAN | {"dt_softplus": True},
+        small=_SMALL_SCAN | {"dt_softplus": True},
+        make=_step_inputs(scan_samples.make, scan_samples.initial_state, ("x", "dt", "B", "C", "z")),
+        contenders={OURS: selective_scan_step, "torch": plain.selective_scan_step},
+        operations=lambda s: s["b"] * s["e"] * (7 * s["n"] + 3),
+        backward=False,
+        copies=_LAYERS,
+    ),
+    "ssd_step": Case(
+        full=_SSD,
+        small=_SMALL_SSD,
+        make=_step_inputs(ssd_samples.make, ssd_samples.initial_state, ("x", "dt", "B", "C")),
+        contenders={OURS: ssd_step, "torch": plain.ssd_step},
+        operations=lambda s: s["b"] * s["h"] * (5 * s["p"] * s["n"] + 3 * s["p"] + 2),
+        backward=False,
+        copies=_LAYERS,
+    ),
+    "causal_conv1d_step": Case(
+        full={"b": 1, "e": 1536, "w": 4, "activation": "silu"},
+        small={"b": 1, "e": 64, "w": 4, "activation": "silu"},
+        make=_step_inputs(conv_samples.make, conv_samples.initial_state, ("x",)),
+        contenders={OURS: causal_conv1d_step, "torch": plain.causal_conv1d_step},
+        operations=lambda s: s["b"] * s["e"] * 2 * s["w"],
+        backward=False,
+        copies=_LAYERS,
+    ),
+    "linear_step": Case(**_linear),
+    "linear_step_bfloat16": Case(**_linear, dtype=torch.bfloat16),
+}

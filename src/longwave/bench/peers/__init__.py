@@ -1,0 +1,110 @@
+"""The libraries that the model benchmark runs, longwave among them: one module each, behind one small protocol.
+
+Every one reads the same checkpoint, a folder of transformers' `mamba` or `mamba2`.
+"""
+
+import importlib
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+
+class Peer(Protocol):
+    """A model of one library in one precision, on the CPU, one sequence at a time. Logits are (v,) float32."""
+
+    def prefill(self, tokens: list[int]) -> Tensor:
+        """The logits after `tokens`, a fresh sequence, by the library's fastest way to take them in."""
+        ...
+
+    def begin(self, tokens: list[int]) -> Tensor:
+        """As `prefill`, and `step` goes on from here."""
+        ...
+
+    def step(self, token: int) -> Tensor:
+        """The logits after one token more."""
+        ...
+
+    def close(self) -> None:
+        """Give the memory back."""
+        ...
+
+
+class Trainable(Protocol):
+    """A model that a peer can train."""
+
+    def train_step(self, tokens: list[int], targets: list[int]) -> float:
+        """Forward and backward of the mean cross entropy, which it returns. The optimiser, equal for all, is left out.
+
+        Gradients stay until the next call.
+        """
+        ...
+
+    def gradient_norm(self) -> float:
+        """Of all gradients together, after `train_step`."""
+        ...
+
+    def close(self) -> None:
+        """Give the memory back."""
+        ...
+
+
+class Source(NamedTuple):
+    """Where a peer comes from: `module` has `open_peer(folder, precision, n_threads)`, and `open_trainable` likewise.
+
+    `formats` are those that it runs, `inference` and `training` the precisions that are timed.
+    """
+
+    module: str
+    install: str
+    formats: tuple[str, ...]
+    inference: tuple[str, ...]
+    training: tuple[str, ...]
+
+
+class PeerMissing(Exception):
+    """A peer cannot run here; the text says why, and how to get it."""
+
+
+AUTOCAST = "bfloat16 autocast"
+OURS = "longwave"
+SOURCES = {
+    OURS: Source("ours", "", ("mamba", "mamba2"), ("float32", "bfloat16"), ("float32", AUTOCAST)),
+    "transformers": Source(
+        "transformers",
+        "pip install transformers",
+        ("mamba", "mamba2"),
+        ("float32", "bfloat16"),
+        ("float32", AUTOCAST),
+    ),
+    "mambapy": Source("mambapy", "pip install mambapy", ("mamba",), ("float32",), ("float32",)),
+    "llama.cpp": Source(
+        "llama_cpp", "pip install llama-cpp-python gguf", ("mamba", "mamba2"), ("f32", "bf16", "q8_0"), ()
+    ),
+}
+
+
+def open_peer(source: str, folder: Path, format: str, precision: str, n_threads: int) -> Peer:
+    """The peer for inference. Raises PeerMissing where it is not installed or cannot run the model."""
+    return _module_for(source, format).open_peer(folder, precision, n_threads)
+
+
+def open_trainable(source: str, folder: Path, format: str, precision: str, n_threads: int) -> Trainable:
+    """The peer for training. Raises PeerMissing where it is not installed or cannot run the model."""
+    return _module_for(source, format).open_trainable(folder, precision, n_threads)
+
+
+def peer_module(source: str) -> ModuleType:
+    """The module of a peer. Raises PeerMissing, with the line that installs it, where it is not installed."""
+    module, install, *_ = SOURCES[source]
+    try:
+        return importlib.import_module(f"longwave.bench.peers.{module}")
+    except (ImportError, OSError, RuntimeError) as error:  # a shared library that does not load raises the latter two
+        raise PeerMissing(f"{install}   ({' '.join(str(error).split())})") from error
+
+
+def _module_for(source: str, format: str) -> ModuleType:
+    if format not in SOURCES[source].formats:
+        raise PeerMissing(f"its {format} does not run on a CPU")
+    return peer_module(source)

@@ -1,0 +1,64 @@
+"""The operators as one writes them in plain torch, for the kernels to be timed beside.
+
+Each takes the keyword arguments of the operator, those that its benchmark uses, and returns y.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import conv1d, rms_norm, silu, softplus
+
+
+def selective_scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, **_: Any) -> Tensor:
+    """A loop over time that does outside of it what it can."""
+    b, l, e = x.shape
+    state = x.new_zeros(b, e, A.shape[1])
+    dtx = dt * x
+    ys = []
+    for t in range(l):
+        state = torch.exp(dt[:, t, :, None] * A) * state + dtx[:, t, :, None] * B[:, t, None, :]  # (b, e, n)
+        ys.append((state @ C[:, t, :, None])[..., 0])  # (b, e)
+    return torch.stack(ys, dim=1) + D * x
+
+
+def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor, **_: Any) -> Tensor:
+    e, w = weight.shape
+    y = conv1d(x.transpose(1, 2), weight[:, None], bias, padding=w - 1, groups=e)[..., : x.shape[1]]  # (b, e, l)
+    return silu(y).transpose(1, 2)
+
+
+def gated_rms_norm(x: Tensor, weight: Tensor, z: Tensor, eps: float, **_: Any) -> Tensor:
+    return rms_norm(x * silu(z), (x.shape[-1],), weight, eps)
+
+
+def selective_scan_step(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    z: Tensor,
+    dt_bias: Tensor,
+    **_: Any,
+) -> Tensor:
+    dt = softplus(dt + dt_bias)
+    state.mul_(torch.exp(dt[..., None] * A)).add_((dt * x)[..., None] * B[:, None, :])  # (b, e, n)
+    return ((state @ C[..., None])[..., 0] + D * x) * silu(z)
+
+
+def ssd_step(
+    state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor, **_: Any
+) -> Tensor:
+    """For one group of B and C."""
+    dt = softplus(dt + dt_bias)  # (b, h)
+    state.mul_(torch.exp(dt * A)[..., None, None]).add_((dt[..., None] * x)[..., None] * B[:, :, None, :])
+    return (state @ C[..., None])[..., 0] + D[:, None] * x
+
+
+def causal_conv1d_step(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor, **_: Any) -> Tensor:
+    window = torch.cat((state, x[:, None]), dim=1)  # (b, w, e)
+    state.copy_(window[:, 1:])
+    return silu((window * weight.T).sum(1) + bias)

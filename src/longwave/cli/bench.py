@@ -1,0 +1,140 @@
+"""`longwave bench`: measure operators and models, beside other libraries where installed."""
+
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
+
+import torch
+from cyclopts import Parameter
+
+from longwave.bench.machine import machine
+from longwave.bench.model import Work
+from longwave.bench.model import run as run_model
+from longwave.bench.ops import run as run_ops
+from longwave.bench.quiet import GapProbe
+from longwave.bench.timing import Harness
+from longwave.cli.options import chosen, make_app, options_of, print_json
+from longwave.config import nearest
+from longwave.errors import UsageError
+from longwave.models.presets import PRESETS
+
+HarnessOptions = options_of(Harness.Config)
+WorkOptions = options_of(Work)
+PeerName = Literal["transformers", "mambapy", "llama.cpp"]
+PEERS: tuple[PeerName, ...] = ("transformers", "mambapy", "llama.cpp")
+
+app = make_app(
+    "bench",
+    (
+        "longwave bench ops --op selective_scan --op ssd",
+        "longwave bench model mamba-130m",
+        "longwave bench model mamba2-130m --peers llama.cpp --train 0 --json",
+    ),
+)
+
+
+@app.command
+def ops(
+    *,
+    op: tuple[str, ...] = (),
+    sizes: Literal["small", "full"] = "full",
+    harness: Annotated[HarnessOptions, Parameter(name="*")] = HarnessOptions(),  # pyright: ignore[reportInvalidTypeForm]  # noqa: B008
+    no_gate: bool = False,
+    threads: int | None = None,
+    seed: int = 0,
+    json: bool = False,
+) -> None:
+    """Time operators on the CPU, forward and backward, beside plain torch, other libraries and the machine's best.
+
+    Parameters
+    ----------
+    op
+        An operator or a step; may be given several times. By default all.
+    sizes
+        full: as in the 130M models. small: to see that it works.
+    no_gate
+        Accept every run, not only those between two looks at the machine that find it quiet.
+    threads
+        Of every library; by default torch's.
+    json
+        One line of JSON only, without the tables.
+    """
+    _report(
+        "ops",
+        chosen(harness),
+        gate,
+        threads,
+        seed,
+        json,
+        lambda h, say: run_ops(op, h, sizes=sizes, seed=seed, say=say),
+    )
+
+
+@app.command
+def model(
+    preset: str,
+    *,
+    peers: Annotated[tuple[PeerName, ...], Parameter(consume_multiple=True)] = PEERS,
+    work: Annotated[WorkOptions, Parameter(name="*")] = WorkOptions(),  # pyright: ignore[reportInvalidTypeForm]  # noqa: B008
+    harness: Annotated[HarnessOptions, Parameter(name="*")] = HarnessOptions(),  # pyright: ignore[reportInvalidTypeForm]  # noqa: B008
+    no_gate: bool = False,
+    threads: int | None = None,
+    seed: int = 0,
+    json: bool = False,
+) -> None:
+    """Time a model of random weights on the CPU: prefill, decode and training step, in longwave and in its peers.
+
+    All read the same checkpoint, and all in float32 must agree on its logits before anything is timed.
+
+    Parameters
+    ----------
+    preset
+        mamba-130m, mamba2-130m, or another size of the two.
+    peers
+        Libraries beside longwave: transformers, mambapy, llama.cpp. Those not installed are named.
+    no_gate
+        Accept every run, not only those between two looks at the machine that find it quiet.
+    threads
+        Of every library; by default torch's.
+    json
+        One line of JSON only, without the tables.
+    """
+    if preset not in PRESETS:
+        raise UsageError(f"there is no preset {preset!r}.{nearest(preset, PRESETS)}")
+    wanted = Work(**chosen(work))
+
+    def run(harness: Harness, say: Callable[[str], None]) -> dict:
+        return {"model": preset} | run_model(PRESETS[preset](), harness, wanted, peers=peers, seed=seed, say=say)
+
+    _report("model", chosen(harness), not no_gate, threads, seed, json, run)
+
+
+def _report(
+    benchmark: str,
+    options: dict[str, Any],
+    gate: bool,
+    threads: int | None,
+    seed: int,
+    json: bool,
+    run: Callable[[Harness, Callable[[str], None]], dict],
+) -> None:
+    """Run a benchmark; print its tables as they come, and one line of JSON last."""
+    if threads is not None:
+        if threads < 1:
+            raise UsageError(f"bench: threads must be at least 1, got {threads}")
+        torch.set_num_threads(threads)
+    config, facts = Harness.Config(**options), machine()
+    settings = options | {"gate": gate, "seed": seed}
+
+    def say(text: str) -> None:
+        if not json:
+            print(text, flush=True)
+
+    say("\n".join(f"{key:<18}{value}" for key, value in (facts | settings).items()))
+    probe = GapProbe() if gate else None
+    try:
+        found = run(Harness(config, probe), say)
+    finally:
+        if probe:
+            probe.close()
+    say("")
+    print_json({"benchmark": benchmark, "machine": facts, "settings": settings} | found)
