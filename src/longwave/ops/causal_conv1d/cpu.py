@@ -4,12 +4,16 @@ One block is `_BLOCK` channels of one row of the batch. `age[t]` is how many tok
 at most w-1: tap j (j tokens back) counts where j <= age[t]. The initial state stands at times -(w-1)..-1.
 """
 
+import functools
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from longwave.ops.checks import state_dtype
-from longwave.ops.numba_math import jit, sigmoid
+from longwave.ops.numba_math import jit, silu, silu_slope
+from longwave.ops.openmp import carray, next_ticket, pointer, region, run
 from longwave.ops.rows import flat
 from longwave.ops.threads import parallel_for
 
@@ -56,22 +60,21 @@ def backward(dy, dfinal, x, weight, bias, silu, initial_state, reset, lengths) -
 
 
 def step(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
+    (b, e), w = x.shape, weight.shape[1]
     dtype = state_dtype(x.dtype)
-    window = state.to(dtype).contiguous()
-    y = torch.empty(x.shape, dtype=dtype)
-    offset = torch.zeros(weight.shape[0], dtype=dtype) if bias is None else bias.detach().to(dtype)
-    taps = weight.detach().to(dtype).contiguous()
-    _step(
-        window.numpy(),
-        x.detach().to(dtype).contiguous().numpy(),
-        taps.numpy(),
-        offset.numpy(),
-        silu,
-        y.numpy(),
-    )
+    y = torch.empty(b, e, dtype=dtype)
+    # The kernel gets addresses only, so these names keep the tensors alive; 0 stands for no bias.
+    window, rows, taps = (_contiguous(t, dtype) for t in (state, x, weight))
+    offset = None if bias is None else _contiguous(bias, dtype)
+    addresses = [0 if t is None else t.data_ptr() for t in (window, rows, taps, offset, y)]
+    run(_step_kernel(dtype), [*addresses, b, e, w, silu], n_blocks=1)
     if window.data_ptr() != state.data_ptr():
         state.copy_(window)
-    return y.to(x.dtype)
+    return y if dtype is x.dtype else y.to(x.dtype)
+
+
+def _contiguous(t: Tensor, dtype: torch.dtype) -> Tensor:
+    return (t if t.dtype is dtype else t.to(dtype)).contiguous()  # even a `to` that does nothing costs 1 us
 
 
 class _Inputs:
@@ -140,7 +143,7 @@ def _ages(reset, w):
 
 
 @jit
-def _forward_block(x, x_row, x_time, l, e, window, taps, bias, age, ends, silu, y, i, c0, c1):
+def _forward_block(x, x_row, x_time, l, e, window, taps, bias, age, ends, with_silu, y, i, c0, c1):
     w, width = taps.shape[0], c1 - c0
     local_taps, offset = taps[:, c0:c1].copy(), bias[c0:c1].copy()
     rows, sums = np.empty((w - 1 + _TILE, width), y.dtype), np.empty((_TILE, width), y.dtype)
@@ -148,10 +151,10 @@ def _forward_block(x, x_row, x_time, l, e, window, taps, bias, age, ends, silu, 
         n = min(_TILE, ends[i] - t0)
         _read_tile(rows, x, x_row, x_time, e, window, w, i, t0, n, c0)
         _convolve(rows, local_taps, offset, age[i], t0, n, sums)
-        if silu:
+        if with_silu:
             for s in range(n):
                 for c in range(width):
-                    sums[s, c] = sums[s, c] * sigmoid(sums[s, c])
+                    sums[s, c] = silu(sums[s, c])
         for s in range(n):
             out = (i * l + t0 + s) * e
             y[out + c0 : out + c1] = sums[s]
@@ -161,7 +164,7 @@ def _forward_block(x, x_row, x_time, l, e, window, taps, bias, age, ends, silu, 
 
 @jit
 def _backward_block(
-    x, x_row, x_time, l, e, window, taps, bias, age, ends, silu, dy, dy_row, dy_time, dx, dtaps, dbias, i, c0, c1
+    x, x_row, x_time, l, e, window, taps, bias, age, ends, with_silu, dy, dy_row, dy_time, dx, dtaps, dbias, i, c0, c1
 ):
     w, width = taps.shape[0], c1 - c0
     local_taps, offset = taps[:, c0:c1].copy(), bias[c0:c1].copy()
@@ -171,15 +174,14 @@ def _backward_block(
     for t0 in range(0, ends[i], _TILE):
         n = min(_TILE, ends[i] - t0)
         _read_tile(rows, x, x_row, x_time, e, window, w, i, t0, n, c0)
-        if silu:
+        if with_silu:
             _convolve(rows, local_taps, offset, age[i], t0, n, sums)
         for s in range(n):
             start = i * dy_row + (t0 + s) * dy_time + c0
             slope = dy[start : start + width]
-            if silu:
+            if with_silu:
                 for c in range(width):
-                    gate = sigmoid(sums[s, c])
-                    sums[s, c] = slope[c] * gate * (1 + sums[s, c] * (1 - gate))
+                    sums[s, c] = slope[c] * silu_slope(sums[s, c])
             else:
                 sums[s] = slope
             for c in range(width):
@@ -230,22 +232,36 @@ def _convolve(rows, taps, bias, age, t0, n, sums):
                 sums[s, c] += taps[j, c] * rows[s + w - 1 - j, c]
 
 
-@jit
-def _step(state, x, weight, bias, silu, y):
-    b, e = x.shape
-    w = weight.shape[1]
-    for i in range(b):
-        for c in range(e):
-            y[i, c] = bias[c] + weight[c, w - 1] * x[i, c]
-        for k in range(w - 1):
-            for c in range(e):
-                y[i, c] += weight[c, k] * state[i, k, c]
-        for k in range(w - 2):
-            for c in range(e):
-                state[i, k, c] = state[i, k + 1, c]
-        if w > 1:
-            for c in range(e):
-                state[i, w - 2, c] = x[i, c]
-        if silu:
-            for c in range(e):
-                y[i, c] = y[i, c] * sigmoid(y[i, c])
+@functools.cache
+def _step_kernel(dtype: torch.dtype) -> Any:
+    number = np.float64 if dtype is torch.float64 else np.float32
+    size = np.dtype(number).itemsize
+
+    @region
+    def kernel(words):
+        _, state_at, x_at, taps_at, bias_at, y_at, b, e, w, with_silu = carray(words, 10, np.int64)
+        taps = carray(pointer(taps_at), (e, w), number)
+        for i in range(b if next_ticket(words) == 0 else 0):
+            x = carray(pointer(x_at + i * e * size), e, number)
+            y = carray(pointer(y_at + i * e * size), e, number)
+            if bias_at:
+                bias = carray(pointer(bias_at), e, number)
+                for c in range(e):
+                    y[c] = bias[c] + taps[c, w - 1] * x[c]
+            else:
+                for c in range(e):
+                    y[c] = taps[c, w - 1] * x[c]
+            for k in range(w - 1):
+                row = carray(pointer(state_at + (i * (w - 1) + k) * e * size), e, number)
+                newer = carray(pointer(state_at + (i * (w - 1) + k + 1) * e * size), e, number)
+                for c in range(e):
+                    y[c] += taps[c, k] * row[c]
+                if k < w - 2:
+                    row[:] = newer
+                else:
+                    row[:] = x
+            if with_silu:
+                for c in range(e):
+                    y[c] = silu(y[c])
+
+    return kernel
