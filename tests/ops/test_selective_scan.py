@@ -269,3 +269,12 @@ def test_errors_name_the_value():
         selective_scan_step(torch.zeros(2, 70, 5, dtype=torch.bfloat16), **token)
     with pytest.raises(ValueError, match=r"C must be \(b, n\) = \(2, 5\), got \(2, 4\)"):
         selective_scan_step(torch.zeros(2, 70, 5), **token | {"C": torch.zeros(2, 4)})
+
+
+def test_a_step_takes_log_A():
+    x, dt, B, C = torch.randn(2, 6), torch.rand(2, 6), torch.randn(2, 3), torch.randn(2, 3)
+    A_log, state = torch.randn(6, 3), torch.randn(2, 6, 3)
+    expected_state = state.clone()
+    expected = selective_scan_step(expected_state, x, dt, -A_log.exp(), B, C)
+    torch.testing.assert_close(selective_scan_step(state, x, dt, A_log, B, C, log_A=True), expected)
+    torch.testing.assert_close(state, expected_state)

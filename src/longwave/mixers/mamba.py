@@ -147,9 +147,9 @@ class Mamba(Float32Parameters):
         x, z = self.in_proj(x).chunk(2, dim=-1)  # (b, e)
         x = causal_conv1d_step(state.conv, x, self.conv1d.weight.squeeze(1), self.conv1d.bias, activation="silu")
         dt, B, C = self._select(x)
-        A = -torch.exp(self.A_log)
-        bias = self.dt_proj.bias
-        y = selective_scan_step(state.ssm, x, dt, A, B, C, D=self.D, z=z, dt_bias=bias, dt_softplus=True)
+        y = selective_scan_step(
+            state.ssm, x, dt, self.A_log, B, C, D=self.D, z=z, dt_bias=self.dt_proj.bias, dt_softplus=True, log_A=True
+        )
         return self.out_proj(y)
 
     def _select(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

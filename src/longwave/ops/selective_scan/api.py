@@ -71,11 +71,12 @@ def selective_scan_step(
     z: Tensor | None = None,
     dt_bias: Tensor | None = None,
     dt_softplus: bool = False,
+    log_A: bool = False,
 ) -> Tensor:
     """One token of `selective_scan`: x, dt, z (b, e), B and C (b, n) -> y (b, e) in x's dtype.
 
-    `state` (b, e, n), in float32 (float64 for float64), is updated in place. No gradient. Raises as
-    `selective_scan` does.
+    `state` (b, e, n), in float32 (float64 for float64), is updated in place. `log_A`: A is given as log(-A), which
+    saves a decoding layer a pass over its parameter. No gradient. Raises as `selective_scan` does.
     """
     _check("selective_scan_step", x, dt, A, B, C, D, z, dt_bias)
     check_shape("selective_scan_step", "state", state, (*x.shape, A.shape[1]), "(b, e, n)")
@@ -84,10 +85,11 @@ def selective_scan_step(
             f"selective_scan_step: state must be {state_dtype(x.dtype)} for x in {x.dtype}, got {state.dtype}"
         )
     if use_kernel("selective_scan_step", "fused", x.device):
-        return _step(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus)
+        return _step(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, log_A)
     with torch.no_grad():
         x, dt, B, C = (t[:, None] for t in (x, dt, B, C))
         z = None if z is None else z[:, None]
+        A = -torch.exp(A) if log_A else A
         y, final = reference.selective_scan(x, dt, A, B, C, D, z, dt_bias, dt_softplus, state, None, None)
         state.copy_(final)
         return y[:, 0]
@@ -143,8 +145,8 @@ _backward = define(
 )
 _step = define(
     "selective_scan_step(Tensor(a!) state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, "
-    "Tensor? dt_bias, bool dt_softplus) -> Tensor",
-    fake=lambda state, x, dt, A, B, C, D, z, dt_bias, dt_softplus: x.new_empty(x.shape),
+    "Tensor? dt_bias, bool dt_softplus, bool log_A) -> Tensor",
+    fake=lambda state, x, *rest: x.new_empty(x.shape),
     cpu="longwave.ops.selective_scan.cpu:step",
 )
 

@@ -80,14 +80,14 @@ def backward(dy, dfinal, states, x, dt, A, B, C, D, z, dt_bias, initial_state, r
     )
 
 
-def step(state: Tensor, x, dt, A, B, C, D, z, dt_bias, dt_softplus) -> Tensor:
+def step(state: Tensor, x, dt, A, B, C, D, z, dt_bias, dt_softplus, log_A) -> Tensor:
     (b, e), n, dtype = x.shape, A.shape[1], state.dtype
     y = torch.empty(b, e, dtype=dtype)
     memory = state.contiguous()
     # The kernel gets addresses only, so these lists keep the tensors alive; 0 stands for what is absent.
     vectors = [None if t is None else _addressable(t, dtype).contiguous() for t in (memory, y, A, D, dt_bias)]
     rows = [None if t is None else _addressable(t, dtype) for t in (x, dt, B, C, z)]
-    words = [b, e, n, dt_softplus]
+    words = [b, e, n, dt_softplus, log_A]
     words += [0 if t is None else t.data_ptr() for t in vectors]
     for t in rows:
         words += (0, 0) if t is None else (t.data_ptr(), t.stride(0))
@@ -365,11 +365,8 @@ def _step_kernel(dtype: torch.dtype) -> Any:
 
     @region
     def kernel(words):
-        # fmt: off
-        (_, b, e, n, dt_softplus, state, y, A, D, dt_bias, x, x_row, dt, dt_row, B, B_row, C, C_row, z, z_row) = (
-            carray(words, 20, np.int64)
-        )
-        # fmt: on
+        _, b, e, n, dt_softplus, log_A, state, y, A, D, dt_bias = carray(words, 11, np.int64)
+        x, x_row, dt, dt_row, B, B_row, C, C_row, z, z_row = carray(words, 21, np.int64)[11:]
         blocks = -(-e // _STEP_CHANNELS)
         block = next_ticket(words)
         while block < b * blocks:
@@ -386,6 +383,7 @@ def _step_kernel(dtype: torch.dtype) -> Any:
                 carray(pointer(z + (i * z_row + c0) * size), width if z else 0, scalar),
                 carray(pointer(dt_bias + c0 * size), width if dt_bias else 0, scalar),
                 dt_softplus,
+                log_A,
                 carray(pointer(y + (i * e + c0) * size), width, scalar),
             )
             block = next_ticket(words)
@@ -394,7 +392,7 @@ def _step_kernel(dtype: torch.dtype) -> Any:
 
 
 @jit
-def _step_block(h, x, dt, A, B, C, D, z, dt_bias, dt_softplus, y):
+def _step_block(h, x, dt, A, B, C, D, z, dt_bias, dt_softplus, log_A, y):
     """One token; D, z and dt_bias are empty where absent."""
     width, n = h.shape
     for c in range(width):
@@ -406,8 +404,12 @@ def _step_block(h, x, dt, A, B, C, D, z, dt_bias, dt_softplus, y):
             y[c] = softplus(y[c])
     for c in range(width):
         step, entry, one, rate = y[c], y[c] * x[c], h[c], A[c]
-        for k in range(n):
-            one[k] = exp(step * rate[k]) * one[k] + entry * B[k]
+        if log_A:
+            for k in range(n):
+                one[k] = exp(-step * exp(rate[k])) * one[k] + entry * B[k]
+        else:
+            for k in range(n):
+                one[k] = exp(step * rate[k]) * one[k] + entry * B[k]
     # A loop of its own: a sum is a chain of additions, each of which waits for the one before.
     for c in range(width):
         one, total = h[c], y.dtype.type(0)
