@@ -6,7 +6,7 @@ import os
 from collections import Counter
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from longwave.errors import UsageError
@@ -127,6 +127,7 @@ def test_bad_line_of_jsonl_is_named(tmp_path, line, words):
 
 @settings(max_examples=60, deadline=None)
 @given(st.text(st.sampled_from("ab \n\u00e9\u65e5\U0001f600"), min_size=1), st.integers(4, 9))
+@example("\na \u00e9\U0001f600\U0001f600", 5)  # a line end and a space, both early
 def test_pieces_join_to_the_file_and_cut_no_character(tmp_path_factory, text, size):
     file = tmp_path_factory.getbasetemp() / "pieces.txt"
     file.write_bytes(text.encode())

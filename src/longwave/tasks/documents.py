@@ -88,10 +88,13 @@ def _plain(file: BinaryIO) -> Iterator[Piece]:
 
 
 def _border(data: bytes) -> int:
-    """Where to cut: after the last line end, else before the last space, else where a character of UTF-8 begins."""
-    cut = data.rfind(b"\n") + 1 or max(data.rfind(b" "), 0)
-    if cut:
-        return cut
+    """Where to cut: after the last line end, else before the last space, else where a character of UTF-8 begins.
+
+    No more than PIECE bytes are left for the next piece.
+    """
+    for cut in (data.rfind(b"\n") + 1, data.rfind(b" ")):
+        if cut > 0 and len(data) - cut <= PIECE:
+            return cut
     for back in range(1, min(4, len(data))):
         if data[-back] & 0xC0 == 0xC0:  # first byte of a character of several bytes
             return len(data) - back
