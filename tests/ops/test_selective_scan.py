@@ -174,7 +174,7 @@ def test_step_takes_strided_views():
 def test_step_is_a_registered_operator():
     kwargs = samples.make(SHAPE | {"l": 1}, torch.float32)
     token = [v[:, 0] if isinstance(v, Tensor) and v.ndim == 3 else v for v in kwargs.values()]
-    torch.library.opcheck(torch.ops.longwave.selective_scan_step, (torch.zeros(2, 70, 5), *token))
+    torch.library.opcheck(torch.ops.longwave.selective_scan_step, (torch.zeros(2, 70, 5), *token, False))
 
 
 def test_against_mambapy():
