@@ -3,6 +3,7 @@
 import importlib
 import os
 import sys
+import traceback
 
 from longwave.errors import LongwaveError, UsageError
 
@@ -29,29 +30,24 @@ def main() -> None:
 
 
 def run(arguments: list[str]) -> int:
-    """Run one command line. Exit status: 0, 1 when something failed, 2 for wrong usage, 130 for Ctrl-C."""
-    debug = "--debug" in arguments
-    arguments = [a for a in arguments if a != "--debug"]
-    if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(overview())
-        return 0
+    """Run one command line. Exit status: 0, 1 when something failed, 2 for wrong usage, 128 + n for signal number n."""
+    arguments, debug = _take_debug(arguments)
     try:
-        if arguments[0] in ("-V", "--version"):
-            from longwave import __version__
-
-            print(__version__)
-            return 0
-        return _call(arguments[0], arguments[1:]) or 0
+        status = _call(arguments)
+        print(end="", flush=True)
     except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
+        print("longwave: stopped", file=sys.stderr)
+        status = 130
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except (LongwaveError, OSError) as error:
+        status = 141
+    except Exception as error:
         if debug:
-            raise
-        return _report(error)
+            traceback.print_exc()
+        else:
+            print(f"longwave: {_one_line(error)}", file=sys.stderr)
+        status = getattr(error, "exit_status", 1)
+    _drop_output_if_broken()
+    return status
 
 
 def overview() -> str:
@@ -73,24 +69,52 @@ def overview() -> str:
     )
 
 
-def _call(verb: str, arguments: list[str]) -> int | None:
-    from longwave.config import nearest
+def _take_debug(arguments: list[str]) -> tuple[list[str], bool]:
+    """The arguments without --debug, and whether it was there. Behind `--` it is text, as every other option is."""
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    options = [word for word in arguments[:end] if word != "--debug"]
+    return options + arguments[end:], len(options) < end
 
+
+def _call(arguments: list[str]) -> int:
+    verb, *rest = arguments or ["help"]
+    if verb in ("-h", "--help", "help"):
+        print(overview())
+        return 0
+    if verb in ("-V", "--version"):
+        from longwave import __version__
+
+        print(__version__)
+        return 0
     if verb not in VERBS:
+        from longwave.config import nearest
+
         raise UsageError(f"there is no verb {verb!r}.{nearest(verb, VERBS)}")
     from cyclopts import CycloptsError
 
-    module = importlib.import_module(f"longwave.cli.{'import_' if verb == 'import' else verb}")
+    from longwave.cli.explain import explain
+
+    app = importlib.import_module(f"longwave.cli.{'import_' if verb == 'import' else verb}").app
     try:
-        return module.app(arguments, exit_on_error=False, print_error=False)
+        return app(rest, exit_on_error=False, print_error=False) or 0
     except CycloptsError as error:
-        raise UsageError(f"{' '.join(str(error).split())} See `longwave {verb} --help`.") from error
+        raise UsageError(explain(error, verb)) from error
 
 
-def _report(error: LongwaveError | OSError) -> int:
-    """Say one line of what went wrong, and give the exit status."""
-    text = str(error)
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    if isinstance(error, LongwaveError):
+        return text
     if isinstance(error, OSError) and error.strerror:
-        text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    print(f"longwave: {' '.join(text.split())}", file=sys.stderr)
-    return error.exit_status if isinstance(error, LongwaveError) else 1
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    if isinstance(error, MemoryError) or "out of memory" in text or "allocate memory" in text:
+        return f"there is not enough memory for this; a smaller model, batch or window needs less ({text[:120]})"
+    return f"internal error: {type(error).__name__}: {text[:200]}. The same command with --debug shows where"
+
+
+def _drop_output_if_broken() -> None:
+    """Where standard output cannot be written to, keep Python from failing over what is left of it at the end."""
+    try:
+        print(end="", flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -8,10 +8,13 @@ from cyclopts import Parameter
 
 from longwave.cli.options import make_app, print_json
 from longwave.cli.train import run_config
+from longwave.errors import UsageError
+from longwave.hub.load import model_config
 from longwave.hub.run_folder import complete_checkpoints
 from longwave.tasks.text import Text
 from longwave.training.checkpoint import read_progress
-from longwave.training.config import Optim
+from longwave.training.config import Optim, Train
+from longwave.training.job import pick_device
 from longwave.training.loop import train as run_training
 
 PROMPTS = {"stdlib": "def ", "shakespeare": "KING. "}
@@ -41,13 +44,17 @@ def demo(
         Time to train, evaluation and the first step's compilation not counted.
     out
         Folder of the run. An earlier demo there is replaced.
+    seed
+        Seed of the initial weights, of training and of the sample.
+    device
+        cpu, cuda, cuda:1, ...; auto takes the first GPU, else the CPU.
+    dtype
+        Precision of activations.
     resume
         auto: go on with an earlier demo that was stopped.
     json
         End with one line of JSON instead of the sample.
     """
-    if resume is None:
-        _remove_earlier_demo(Path(out))
     prompt = PROMPTS.get(text[0], "\n")
     config = run_config(
         "mamba2*2 attention mamba2*2",
@@ -67,6 +74,8 @@ def demo(
             "resume": resume,
         },
     )
+    if resume is None:
+        _remove_earlier_demo(config)
     model = run_training(config)
     newest = complete_checkpoints(out)[-1]
     if json:
@@ -78,7 +87,13 @@ def demo(
     print(f'\n\ngo on with: longwave generate {out} "{prompt.strip()}"')
 
 
-def _remove_earlier_demo(out: Path) -> None:
+def _remove_earlier_demo(config: Train.Config) -> None:
+    """Make room for a demo that can run, where an earlier one was. Any other run stays, and is an error."""
+    out = Path(config.out)
+    if complete_checkpoints(out) and model_config(out) != config.model:
+        raise UsageError(f"{out} holds a run of another model than the demo's; name another --out")
+    pick_device(config.device)
+    Text(config.task)
     for name in ("checkpoints", "log.jsonl", "report.html"):
         path = out / name
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)

@@ -1,20 +1,35 @@
 """`longwave doctor`: what this machine has, what longwave uses of it, and whether every kernel is right."""
 
 import importlib
-import platform
+import os
+import shutil
+import subprocess
 import sys
-import time
 from importlib import metadata
 from pathlib import Path
 
 import torch
 
+from longwave.cli.kernel_check import Check, check_kernels
 from longwave.cli.options import make_app, print_json
 from longwave.errors import LongwaveError
-from longwave.ops import OPS
+from longwave.ops.openmp import threads_in_use
+from longwave.tasks.packing import cache_folder
+from longwave.training.environment import environment
 
-PACKAGES = ("longwave", "torch", "numpy", "numba", "safetensors", "tokenizers", "cyclopts", "triton", "transformers")
-UNITS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "neon", "bf16")
+PACKAGES = ("torch", "numpy", "numba", "safetensors", "tokenizers", "cyclopts", "triton", "transformers")
+UNITS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "neon", "asimd", "bf16")
+FEW_GB = 5.0
+IMPORTS = """
+from time import perf_counter as now
+started = now()
+import torch
+after_torch = now()
+import longwave
+for name in longwave.__all__:
+    getattr(longwave, name)
+print(f"torch {after_torch - started:.1f} s, longwave {now() - after_torch:.1f} s more")
+"""
 
 app = make_app("doctor", ("longwave doctor", "longwave doctor --json"))
 
@@ -31,86 +46,81 @@ def doctor(*, json: bool = False) -> None:
         One line of JSON.
     """
     facts = machine()
-    checks = {name: check(name) for name in OPS}
-    wrong = [name for name, result in checks.items() if not result["ok"]]
+    if not json:
+        print("\n".join(f"{key:<12}{value}" for key, value in facts.items()) + "\n", flush=True)
+    checks = []
+    for check in check_kernels():
+        checks.append(check)
+        if not json:
+            print(_row(check), flush=True)
+    hints = advice()
     if json:
-        print_json(facts | {"kernels": checks})
+        print_json(facts | {"kernels": {c.name: vars(c) | {"ok": c.ok} for c in checks}, "advice": hints})
     else:
-        for key, value in facts.items():
-            print(f"{key:<12}{value}")
-        print()
-        for name, result in checks.items():
-            verdict = "ok" if result["ok"] else f"WRONG: error {result['error']:.2e}, allowed {result['allowed']:.2e}"
-            print(f"{name:<16}{verdict:<8}  first call {result['seconds']:.2f} s")
-        for line in advice():
-            print(f"\n{line}")
-    if wrong:
+        print("".join(f"\n{hint}" for hint in hints), end="\n" if hints else "")
+    if wrong := [check.name for check in checks if not check.ok]:
         raise LongwaveError(f"wrong kernels: {', '.join(wrong)}; pass impl='reference' and report this machine")
 
 
 def machine() -> dict[str, str]:
-    """Versions, devices and instruction sets."""
-    versions = ", ".join(f"{name} {_version(name)}" for name in PACKAGES if _version(name))
+    """Versions, devices and instruction sets, and where things are kept."""
+    about = environment(torch.device("cpu"))
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    cache = cache_folder(None)
     return {
-        "python": f"{sys.version.split()[0]} on {platform.platform()}",
-        "packages": versions,
-        "cpu": f"{_cpu_name()}; {torch.get_num_threads()} threads; {', '.join(_units()) or 'no vector units known'}",
+        "python": f"{about['python']} on {about['system']}",
+        "packages": ", ".join([f"longwave {about['longwave']}", *filter(None, map(_version, PACKAGES))]),
+        "import": subprocess.run([sys.executable, "-c", IMPORTS], capture_output=True, text=True).stdout.strip(),
+        "cpu": f"{about['processor']}; {about['threads']}; {', '.join(_units()) or 'no vector units known'}",
         "gpu": ", ".join(gpus) or "none",
-        "kernels": "Numba on the CPU" + ("; the reference, slow, on the GPU" if gpus else ""),
+        "forms": "Numba on the CPU" + ("; the reference, slow, on the GPU" if gpus else ""),
+        "threads": f"{torch.get_num_threads()}, {threads_in_use()}, for one token at a time",
+        "compiled": f"kept in {_numba_cache() or 'nowhere, so they cannot run'}",
+        "text cache": f"{cache}, {_free_gb(cache):.1f} GB free",
     }
 
 
-def check(name: str) -> dict:
-    """The kernel's error on its sample inputs against float64, beside twice that of the reference in float32."""
-    samples = importlib.import_module(f"longwave.ops.{name}.samples")
-    inputs = samples.make(samples.SHAPES[1], torch.float32)
-    started = time.perf_counter()
-    kernel = _outputs(name, inputs, "fused")
-    seconds = time.perf_counter() - started
-    double = {k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in inputs.items()}
-    truth = _outputs(name, double, "reference")
-    same = _outputs(name, inputs, "reference")
-    error = _distance(kernel, truth)
-    allowed = 2 * _distance(same, truth) + torch.finfo(torch.float32).eps * sum(t.norm().item() for t in truth)
-    return {"ok": error <= allowed, "error": error, "allowed": allowed, "seconds": seconds}
-
-
 def advice() -> list[str]:
-    """What would make this machine faster, each with the command that does it."""
+    """What would make this machine better, each with the command that does it."""
     lines = []
     if not torch.cuda.is_available() and Path("/dev/nvidia0").exists():
-        lines.append("There is an NVIDIA GPU but this torch cannot use it: install torch's CUDA build (pytorch.org).")
+        lines.append("There is an NVIDIA GPU that this torch cannot use: pip install --force-reinstall torch")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if "OMP_NUM_THREADS" in os.environ and torch.get_num_threads() < cores:
+        lines.append(f"{torch.get_num_threads()} threads for {cores} cores: unset OMP_NUM_THREADS")
+    if _free_gb(cache_folder(None)) < FEW_GB:
+        lines.append("Little room for tokenised text: export LONGWAVE_CACHE=/a/folder/with/room")
     return lines
 
 
-def _outputs(name: str, inputs: dict, impl: str) -> list[torch.Tensor]:
-    with torch.no_grad():
-        found = OPS[name](**inputs, impl=impl)
-    return [t.double() for t in (found if isinstance(found, tuple) else (found,))]
+def _row(check: Check) -> str:
+    verdict = "ok" if check.ok else f"WRONG: error {check.error:.2e}, allowed {check.allowed:.2e}"
+    return f"{check.name:<21}{verdict:<6}first call {check.seconds:.2f} s"
 
 
-def _distance(found: list[torch.Tensor], truth: list[torch.Tensor]) -> float:
-    return sum((a - b).norm().item() for a, b in zip(found, truth, strict=True))
+def _numba_cache() -> str | None:
+    """Where Numba keeps compiled kernels; None if there is no folder that it may write to: then it refuses to work."""
+    try:
+        kernels = vars(importlib.import_module("longwave.ops.causal_conv1d.cpu")).values()
+    except RuntimeError:
+        return None
+    return next((str(kernel.stats.cache_path) for kernel in kernels if hasattr(kernel, "stats")), None)
+
+
+def _free_gb(folder: Path) -> float:
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    return shutil.disk_usage(existing).free / 1e9
 
 
 def _version(package: str) -> str | None:
     try:
-        return metadata.version(package)
+        return f"{package} {metadata.version(package)}"
     except metadata.PackageNotFoundError:
         return None
 
 
-def _cpuinfo(key: str) -> str:
+def _units() -> list[str]:
     path = Path("/proc/cpuinfo")
     lines = path.read_text().splitlines() if path.exists() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith(key)), "")
-
-
-def _cpu_name() -> str:
-    return _cpuinfo("model name") or platform.processor() or platform.machine()
-
-
-def _units() -> list[str]:
-    flags = f"{_cpuinfo('flags')} {_cpuinfo('Features')}".split()
+    flags = next((line.split() for line in lines if line.startswith(("flags", "Features"))), [])
     return [unit for unit in UNITS if unit in flags]

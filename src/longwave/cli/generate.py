@@ -1,24 +1,28 @@
 """`longwave generate`: continue a prompt, streaming."""
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal
 
-from cyclopts import Parameter
+from cyclopts import Group, Parameter
 
 from longwave.cli.options import make_app, print_json
 from longwave.errors import UsageError
 from longwave.generate.sampling import Sampling
-from longwave.generate.text_model import TextModel
+from longwave.generate.text_model import Stream, TextModel
+from longwave.generate.transcript import Piece
 from longwave.hub.load import load
 from longwave.models.state import State
+from longwave.training.interrupt import Interrupt, Interrupted
 from longwave.training.job import pick_device
 
 app = make_app(
     "generate",
     (
-        'longwave generate runs/notes "Dear diary" --temperature 0.8 --min-p 0.05 --seed 1',
-        "echo 'and then' | longwave generate runs/notes --state-in talk.state --state-out talk.state --stop '\\n\\n'",
+        'longwave generate runs/notes "Dear diary" --temperature 0.8 --seed 1',
+        "longwave generate runs/notes --state-out talk.state < long.txt",
+        'longwave generate runs/notes " And then" --state-in talk.state',
     ),
 )
 
@@ -29,60 +33,63 @@ def generate(
     prompt: str | None = None,
     *,
     max_tokens: int = 256,
-    sampling: Annotated[Sampling, Parameter(name="*")] = Sampling(),  # noqa: B008
     stop: tuple[str, ...] = (),
+    sampling: Annotated[Sampling, Parameter(name="*", group=Group("Sampling", sort_key=1))] = Sampling(),  # noqa: B008
     state_in: Path | None = None,
     state_out: Path | None = None,
-    logprobs: bool = False,
     chunk_len: int = 512,
+    logprobs: bool = False,
     device: str = "auto",
     dtype: Literal["float32", "bfloat16", "float16"] | None = None,
     json: bool = False,
 ) -> None:
     """Print the prompt's continuation as it is drawn.
 
+    Ctrl-C stops between two tokens; --state-out is then written as at any other end.
+
     Parameters
     ----------
     model
         Folder of a model, of a training run, or of a checkpoint of another library.
     prompt
-        Text to continue; `-` or nothing: standard input, if it is not a terminal.
+        Text to continue, behind -- if it begins with a dash. Without it, or for -: standard input, of any length.
     max_tokens
         Draw at most this many tokens.
     stop
-        Text at which to stop; may be given several times.
+        Text at which to stop, where \\n stands for a line end and \\t for a tab. May be given several times.
     state_in
-        Go on from this state: the prompt follows what it has seen.
+        Go on from the state in this file: the prompt follows what it has seen.
     state_out
-        Write the state after the last token here, for --state-in.
+        Write the state after the last token to this file, for --state-in.
+    chunk_len
+        Tokens of the prompt taken in at a time. Bounds memory, changes nothing else.
     logprobs
         Print each token with its log-probability, one a line.
-    chunk_len
-        Tokens of the prompt taken in at a time.
     device
         cpu, cuda, cuda:1, ...; auto takes the first GPU, else the CPU.
     dtype
-        Precision of the weights; by default that in which they are stored.
+        Precision of the weights; else that in which they are stored.
     json
         Print one line of JSON at the end instead of text as it comes.
     """
     loaded = load(model, device=pick_device(device), dtype=dtype)
     loaded.model.eval()
     state = State.load(state_in, loaded.model) if state_in else None
-    text = _read_prompt(prompt, continues=state is not None)
-    stops = tuple(s.encode().decode("unicode_escape") if s.isascii() else s for s in stop)
     stream = loaded.generate(
-        text, max_tokens=max_tokens, stop=stops, state=state, chunk_len=chunk_len, sampling=sampling
+        _read_prompt(prompt, continues=state is not None),
+        max_tokens=max_tokens,
+        stop=[text.replace("\\n", "\n").replace("\\t", "\t") for text in stop],
+        state=state,
+        chunk_len=chunk_len,
+        sampling=sampling,
     )
-    pieces = []
-    for piece in stream:
-        pieces.append(piece)
-        if logprobs and not json:
-            print(f"{piece.logprob:9.4f}  {piece.token:6d}  {_shown(loaded, piece.token)}", flush=True)
-        elif not json:
-            print(piece, end="", flush=True)
+    pieces: list[Piece] = []
+    with Interrupt() as interrupt:
+        reader_gone = _speak(stream, _shown(loaded, as_table=logprobs, silent=json), pieces, interrupt)
     if state_out:
         stream.state.save(state_out)
+    if reader_gone:
+        raise reader_gone
     if json:
         print_json(
             {
@@ -94,15 +101,44 @@ def generate(
         )
     elif not logprobs:
         print()
+    if interrupt.signal_number:
+        kept = f"; go on with --state-in {state_out}" if state_out else ""
+        raise Interrupted(f"stopped after {len(pieces)} tokens{kept}", interrupt.signal_number)
 
 
-def _shown(model: TextModel, token: int) -> str:
-    return "" if model.tokenizer is None else repr(model.tokenizer.decode([token]))
+def _speak(
+    stream: Stream, shown: Callable[[Piece], str], pieces: list[Piece], interrupt: Interrupt
+) -> BrokenPipeError | None:
+    """Print the stream and collect its pieces, to its end or to a signal, or until nobody reads: that error then."""
+    try:
+        for piece in stream:
+            pieces.append(piece)
+            print(shown(piece), end="", flush=True)
+            if interrupt.signal_number:
+                break
+    except BrokenPipeError as error:
+        return error
+    return None
+
+
+def _shown(model: TextModel, *, as_table: bool, silent: bool) -> Callable[[Piece], str]:
+    """How a piece is printed."""
+
+    def row(piece: Piece) -> str:
+        text = "" if model.tokenizer is None else repr(model.tokenizer.decode([piece.token]))
+        return f"{piece.logprob:9.4f}  {piece.token:6d}  {text}\n"
+
+    if silent:
+        return lambda piece: ""
+    return row if as_table else str
 
 
 def _read_prompt(prompt: str | None, *, continues: bool) -> str:
     if prompt == "-" or (prompt is None and not sys.stdin.isatty()):
-        prompt = sys.stdin.read()
+        try:
+            prompt = sys.stdin.buffer.read().decode()
+        except UnicodeDecodeError as error:
+            raise UsageError(f"the prompt on standard input is no UTF-8 text ({error}); convert it first") from error
     if not prompt and continues:
         raise UsageError("--state-in needs something to go on with; give a prompt after the model")
     return prompt or ""

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 from cyclopts import App, Group, Parameter
 
 from longwave.errors import UsageError
+from longwave.hub.folder import find_folder
 
 
 def make_app(verb: str, examples: tuple[str, ...], notes: tuple[str, ...] = ()) -> App:
@@ -22,7 +23,7 @@ def make_app(verb: str, examples: tuple[str, ...], notes: tuple[str, ...] = ()) 
     app = App(
         name=f"longwave {verb}",
         default_parameter=Parameter(negative=(), show_default=_shown),
-        group_parameters=Group("Options", sort_key=100),
+        group_parameters=Group("Options", sort_key=0),
         help_format="plaintext",  # as Markdown, "mamba2*3" would lose its star
         help_epilogue="\n\n".join(paragraphs),
         version_flags=[],
@@ -34,7 +35,7 @@ def make_app(verb: str, examples: tuple[str, ...], notes: tuple[str, ...] = ()) 
     return app
 
 
-def options_of(config: type, *, without: tuple[str, ...] = (), groups: Mapping[str, Group] | None = None) -> type:
+def options_of(config: type, *, without: tuple[str, ...] = (), groups: Mapping[str, Group] = {}) -> type:
     """A dataclass with the fields of `config`, but for those `without`, for use as a parameter of a verb.
 
     `chosen(options)` below gives them back as keywords. Help texts are the strings that follow the fields; `groups`
@@ -42,11 +43,12 @@ def options_of(config: type, *, without: tuple[str, ...] = (), groups: Mapping[s
     """
     hints = typing.get_type_hints(config)
     docs = _field_docs(config)
-    fields = [
-        (f.name, Annotated[hints[f.name], Parameter(help=docs.get(f.name), group=(groups or {}).get(f.name))], _default(f))
-        for f in dataclasses.fields(config)
-        if f.name not in without
-    ]
+
+    def annotated(name: str) -> Any:
+        hint = Annotated[hints[name], Parameter(help=docs.get(name))]
+        return Annotated[hint, Parameter(group=groups[name])] if name in groups else hint
+
+    fields = [(f.name, annotated(f.name), _default(f)) for f in dataclasses.fields(config) if f.name not in without]
     name = config.__qualname__.split(".")[0] + "Options"
     # Without a module of its own the class passes for one of Python's, and cyclopts does not look at its fields.
     namespace = {"__module__": config.__module__}
@@ -73,11 +75,17 @@ def read_json(path: Path) -> Any:
         raise UsageError(f"{path} is not JSON: {error}") from error
 
 
+def check_target(source: str, target: Path) -> None:
+    """Raise UsageError if `target` is the folder that is read, whose files would be replaced."""
+    if target.resolve() in (Path(source).resolve(), find_folder(source).resolve()):
+        raise UsageError(f"{target} is what is read, and would be replaced; name another folder to write")
+
+
 def _shown(default: Any) -> str | None:
     """A default as one would type it; None where there is nothing to type."""
     if isinstance(default, tuple):
         default = " ".join(map(str, default))
-    return None if default in (None, False, "") else str(default)
+    return None if default is None or default is False or default == "" else str(default)
 
 
 def _default(field: dataclasses.Field) -> Any:

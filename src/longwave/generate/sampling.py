@@ -32,7 +32,7 @@ class Sampling:
     min_p: float = 0.0
     """Keep tokens at least this many times as likely as the likeliest one (Nguyen et al. 2024, section 3)."""
     repetition_penalty: float = 1.0
-    """Above 1, tokens that this call has drawn before become less likely; see `penalise`."""
+    """Above 1, tokens that this call has drawn before become less likely (Keskar et al. 2019, section 4.1)."""
     seed: int | None = None
     """Same seed, same tokens; None draws differently every time."""
 

@@ -32,12 +32,22 @@ def load(path: str | Path, *, dtype: torch.dtype | str | None = None, device: to
     """
     folder, wanted = find_folder(path), _dtype(dtype)
     config = read_config(folder)
-    if config.get("kind") == LanguageModel.Config.kind:
+    if _is_own(config):
         model = LanguageModel.load(folder, device=device)
         model = model if wanted is None else model.to(wanted)
     else:
         model = _load_foreign(find_family(config), config, folder, wanted, device)
     return TextModel(model, load_tokenizer(folder))
+
+
+def model_config(path: str | Path) -> LanguageModel.Config:
+    """The configuration of the model that `load` would load. Reads no weights. Raises as `load` does."""
+    config = read_config(find_folder(path))
+    return LanguageModel.Config.from_dict(config) if _is_own(config) else find_family(config).config_from(config)
+
+
+def _is_own(config: Mapping[str, Any]) -> bool:
+    return config.get("kind") == LanguageModel.Config.kind
 
 
 def find_family(config: Mapping[str, Any]) -> Family:

@@ -39,6 +39,11 @@ def run(kernel: Any, words: list[int], n_blocks: int) -> None:
         start(kernel.address, ctypes.addressof(memory), n_threads, 0)
 
 
+def threads_in_use() -> str:
+    """Whose threads `run` works on, in words."""
+    return "Python's" if _start_region() is None else "torch's OpenMP"
+
+
 # Their own types describe what they are outside a kernel, not inside.
 _intrinsic: Any = intrinsic
 carray: Any = numba.carray  # pyright: ignore[reportPrivateImportUsage]

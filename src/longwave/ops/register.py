@@ -12,6 +12,8 @@ from typing import Any, Literal
 
 import torch
 
+from longwave.errors import LongwaveError
+
 Impl = Literal["fused", "reference"]
 
 _library = torch.library.Library("longwave", "FRAGMENT")
@@ -36,7 +38,14 @@ def _launcher(path: str) -> Callable[..., Any]:
 
     @functools.cache
     def resolve() -> Callable[..., Any]:
-        return getattr(importlib.import_module(module), function)
+        try:
+            return getattr(importlib.import_module(module), function)
+        except RuntimeError as error:
+            if "cannot cache function" not in str(error):
+                raise
+            raise LongwaveError(
+                "Numba finds no folder to keep compiled kernels in; name one: export NUMBA_CACHE_DIR=/tmp/numba"
+            ) from error
 
     def launch(*args: Any) -> Any:
         return resolve()(*args)

@@ -3,19 +3,21 @@
 import math
 import time
 
+import torch
 from torch.nn.utils import clip_grad_norm_
 
 from longwave.config import to_dict
 from longwave.errors import LongwaveError
 from longwave.generate.text_model import TextModel
 from longwave.hub.run_folder import complete_checkpoints
+from longwave.models.pattern import pattern_of
 from longwave.training import checkpoint
 from longwave.training.config import Train
 from longwave.training.environment import command, environment, how_to_resume
 from longwave.training.flops import flops_per_token, peak_flops
 from longwave.training.interrupt import Interrupt, Interrupted
 from longwave.training.job import Job
-from longwave.training.live import Live
+from longwave.training.live import Live, thousands
 from longwave.training.log import Log
 from longwave.training.nonfinite import first_nonfinite
 from longwave.training.optim import lr_factor, set_lr
@@ -44,6 +46,7 @@ def train(config: Train.Config) -> TextModel:
         Interrupt() as interrupt,
     ):
         log.write("start", progress.step, **_facts(job))
+        live.note(_introduction(job))
         if origin:
             live.note(f"resumed from {origin}")
         last = budget.spent(progress)
@@ -101,6 +104,13 @@ def _facts(job: Job) -> dict:
         "environment": environment(job.device),
         "command": command(),
     }
+
+
+def _introduction(job: Job) -> str:
+    """Two lines: the text, and the model and what it runs on."""
+    layers, parameters = pattern_of(job.model.config.layers), thousands(job.model.parameter_count())
+    threads = f" with {torch.get_num_threads()} threads" if job.device.type == "cpu" else ""
+    return f"text: {job.task.summary}\nmodel: {layers}, {parameters} parameters, on {job.device}{threads}"
 
 
 def _sample(job: Job) -> str:
