@@ -8,8 +8,6 @@ from torch import Tensor
 
 from longwave.bench.timing import Harness, Repeated
 
-_PRODUCT = 1024  # rows and columns of the square matrices whose product gives the arithmetic peak
-
 
 class Cost(NamedTuple):
     """Bytes read or written if every tensor is so once, and operations."""
@@ -57,8 +55,8 @@ def copying(n_bytes: int, copies: int) -> Callable[[int], object]:
     return copy
 
 
-def peak(harness: Harness, dtype: torch.dtype) -> float | None:
-    """Operations per second of torch's product of matrices."""
-    a, b = (torch.rand(_PRODUCT, _PRODUCT).to(dtype) for _ in range(2))
-    figure = harness.measure(f"product of {dtype} matrices", {"": Repeated(lambda i: a @ b, 0.1)})[""]
-    return None if figure.median is None else 2 * _PRODUCT**3 / figure.median
+def peak(harness: Harness, dtype: torch.dtype, n: int, at_least: float) -> float | None:
+    """Operations per second of torch's product of two (n, n) matrices, from runs of `at_least` seconds."""
+    a, b = (torch.rand(n, n).to(dtype) for _ in range(2))
+    figure = harness.measure(f"product of {dtype} matrices", {"": Repeated(lambda i: a @ b, at_least)})[""]
+    return None if figure.median is None else 2 * n**3 / figure.median

@@ -35,7 +35,7 @@ class Work:
     """Tokens taken in at once; one case for each. 0 leaves prefill out."""
     decode: int = 64
     """Tokens decoded one by one, greedily; 0 leaves decoding out."""
-    train: int = 512
+    train: int = 256
     """Tokens of a training step, forward and backward; 0 leaves training out."""
     decode_memory: int = 0
     """Decode so many tokens and report what the process grew by from the 100th on; 0 leaves that out."""

@@ -18,6 +18,7 @@ from longwave.errors import LongwaveError, UsageError
 Sizes = Literal["small", "full"]
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 2e-2}  # relative difference of two contenders' results, by norms
 _AT_LEAST = {"small": 0.002, "full": 0.2}  # seconds of calls in a row that make one run
+_PRODUCT = {"small": 64, "full": 1024}  # rows of the matrices whose product gives the arithmetic peak
 _COPY = "copy of as many bytes"
 
 
@@ -37,7 +38,8 @@ def run(
         if name not in CASES:
             raise UsageError(f"bench ops: there is no case {name!r}.{nearest(name, CASES)}")
     cases = {name: CASES[name] for name in names or CASES}
-    peaks = {dtype: peak(harness, dtype) for dtype in dict.fromkeys(case.dtype for case in cases.values())}
+    dtypes = dict.fromkeys(case.dtype for case in cases.values())
+    peaks = {dtype: peak(harness, dtype, _PRODUCT[sizes], _AT_LEAST[sizes]) for dtype in dtypes}
     results, missing = [], {}
     for name, case in cases.items():
         shape = case.full if sizes == "full" else case.small

@@ -7,6 +7,7 @@ on every core at once and looking at the clock does show it.
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from longwave.errors import LongwaveError
@@ -25,14 +26,14 @@ class GapProbe:
 
     def __init__(self) -> None:
         command = [sys.executable, "-I", "-S", str(SPIN)]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        self._spinners = [subprocess.Popen(command, **pipes) for _ in range(_core_count())]
+        self._spinners = [
+            subprocess.Popen(command, bufsize=0, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            for _ in range(_core_count())
+        ]
 
     def __call__(self) -> float:
         for spinner in self._spinners:
-            assert spinner.stdin is not None
-            spinner.stdin.write(f"{self.SECONDS}\n")
-            spinner.stdin.flush()
+            _ask(spinner, self.SECONDS)
         return max(_answer(spinner) for spinner in self._spinners)
 
     def close(self) -> None:
@@ -47,7 +48,13 @@ class GapProbe:
         self.close()
 
 
-def _answer(spinner: subprocess.Popen) -> float:
+def _ask(spinner: subprocess.Popen[bytes], seconds: float) -> None:
+    assert spinner.stdin is not None
+    with suppress(BrokenPipeError):  # that it has ended shows when it does not answer
+        spinner.stdin.write(b"%f\n" % seconds)
+
+
+def _answer(spinner: subprocess.Popen[bytes]) -> float:
     assert spinner.stdout is not None
     line = spinner.stdout.readline()
     if not line:

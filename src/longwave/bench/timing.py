@@ -38,7 +38,7 @@ class Harness:
         """Accepted runs that each figure is the median of."""
         limit: float = 0.06
         """The machine is quiet if no core loses more than this share of its time in gaps."""
-        patience: float = 300.0
+        patience: float = 600.0
         """Seconds that one case may take, its first runs included; figures then rest on fewer runs, or are null."""
 
         def __post_init__(self):

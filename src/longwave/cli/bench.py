@@ -55,18 +55,16 @@ def ops(
         Accept every run, not only those between two looks at the machine that find it quiet.
     threads
         Of every library; by default torch's.
+    seed
+        Seed of the random inputs and weights.
     json
         One line of JSON only, without the tables.
     """
-    _report(
-        "ops",
-        chosen(harness),
-        gate,
-        threads,
-        seed,
-        json,
-        lambda h, say: run_ops(op, h, sizes=sizes, seed=seed, say=say),
-    )
+
+    def run(harness: Harness, say: Callable[[str], None]) -> dict:
+        return run_ops(op, harness, sizes=sizes, seed=seed, say=say)
+
+    _report("ops", chosen(harness), not no_gate, threads, seed, json, run)
 
 
 @app.command
@@ -95,6 +93,8 @@ def model(
         Accept every run, not only those between two looks at the machine that find it quiet.
     threads
         Of every library; by default torch's.
+    seed
+        Seed of the random inputs and weights.
     json
         One line of JSON only, without the tables.
     """

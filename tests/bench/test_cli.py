@@ -1,0 +1,58 @@
+import json
+
+import pytest
+import torch
+
+from longwave.cli import run
+from longwave.models.presets import PRESETS
+
+
+def test_ops_ends_with_one_line_of_json(capsys):
+    command = "bench ops --op linear_step --op gated_rms_norm --sizes small --runs 1 --no-gate"
+    assert run(command.split()) == 0
+    out = capsys.readouterr().out
+    *tables, last = out.splitlines()
+    found = json.loads(last)
+    assert found["benchmark"] == "ops"
+    assert found["settings"] == {"runs": 1, "limit": 0.06, "patience": 600.0, "gate": False, "seed": 0}
+    assert {"processor", "threads", "torch", "numba"} <= set(found["machine"])
+    assert "gated_rms_norm, forward + backward" in "\n".join(tables)
+
+
+def test_model_as_json_alone_with_the_gate(capsys, monkeypatch, toy):
+    monkeypatch.setitem(PRESETS, "toy", lambda: toy("mamba"))
+    command = (
+        "bench model toy --peers mambapy --prefill 8 --prefill 16 --decode 2 --train 0 --runs 1 --limit 0.99 --json"
+    )
+    assert run(command.split()) == 0
+    out = capsys.readouterr().out
+    found = json.loads(out)
+    assert out.count("\n") == 1
+    assert [case["case"] for case in found["cases"]] == ["prefill 8", "prefill 16", "decode 2"]
+    assert (found["model"], found["settings"]["gate"]) == ("toy", True)
+
+
+def test_threads_are_set(capsys, monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    command = "bench ops --op linear_step --sizes small --runs 1 --no-gate --json --threads 3"
+    assert run(command.split()) == 0
+    assert asked == [3]
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("bench ops --op sdd", "Did you mean 'ssd'"),
+        ("bench ops --runs 0", "got 0"),
+        ("bench ops --threads 0", "got 0"),
+        ("bench model mamba-13m", "Did you mean 'mamba-130m'"),
+        ("bench model transformerpp-125m --no-gate", "not of attention, swiglu"),
+        ("bench model mamba-130m --peers vllm", "vllm"),
+    ],
+)
+def test_wrong_usage_is_one_line(command, said, capsys):
+    assert run(command.split()) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
