@@ -1,7 +1,7 @@
 """`longwave generate`: continue a prompt, streaming."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -10,10 +10,11 @@ from cyclopts import Group, Parameter
 from longwave.cli.options import make_app, print_json
 from longwave.errors import UsageError
 from longwave.generate.sampling import Sampling
-from longwave.generate.text_model import Stream, TextModel
+from longwave.generate.text_model import Stream
 from longwave.generate.transcript import Piece
 from longwave.hub.load import load
 from longwave.models.state import State
+from longwave.tasks.tokenizer import Tokenizer
 from longwave.training.interrupt import Interrupt, Interrupted
 from longwave.training.job import pick_device
 
@@ -52,7 +53,7 @@ def generate(
     model
         Folder of a model, of a training run, or of a checkpoint of another library.
     prompt
-        Text to continue, behind -- if it begins with a dash. Without it, or for -: standard input, of any length.
+        Text to continue, behind -- if it begins with a dash. Without it: standard input, of any length.
     max_tokens
         Draw at most this many tokens.
     stop
@@ -83,58 +84,57 @@ def generate(
         chunk_len=chunk_len,
         sampling=sampling,
     )
-    pieces: list[Piece] = []
+    write = _write_json if json else _write_table if logprobs else _write_text
+    drawn: list[Piece] = []
+    reader_gone = None
     with Interrupt() as interrupt:
-        reader_gone = _speak(stream, _shown(loaded, as_table=logprobs, silent=json), pieces, interrupt)
+        try:
+            write(_until_signal(stream, interrupt, drawn), loaded.tokenizer)
+        except BrokenPipeError as error:
+            reader_gone = error
     if state_out:
         stream.state.save(state_out)
     if reader_gone:
         raise reader_gone
-    if json:
-        print_json(
-            {
-                "text": "".join(map(str, pieces)),
-                "tokens": [piece.token for piece in pieces],
-                "logprobs": [piece.logprob for piece in pieces],
-                "finish_reason": stream.finish_reason,
-            }
-        )
-    elif not logprobs:
-        print()
     if interrupt.signal_number:
         kept = f"; go on with --state-in {state_out}" if state_out else ""
-        raise Interrupted(f"stopped after {len(pieces)} tokens{kept}", interrupt.signal_number)
+        raise Interrupted(f"stopped after {len(drawn)} tokens{kept}", interrupt.signal_number)
 
 
-def _speak(
-    stream: Stream, shown: Callable[[Piece], str], pieces: list[Piece], interrupt: Interrupt
-) -> BrokenPipeError | None:
-    """Print the stream and collect its pieces, to its end or to a signal, or until nobody reads: that error then."""
-    try:
-        for piece in stream:
-            pieces.append(piece)
-            print(shown(piece), end="", flush=True)
-            if interrupt.signal_number:
-                break
-    except BrokenPipeError as error:
-        return error
-    return None
+def _until_signal(stream: Stream, interrupt: Interrupt, drawn: list[Piece]) -> Iterator[Piece]:
+    for piece in stream:
+        drawn.append(piece)
+        yield piece
+        if interrupt.signal_number:
+            return
 
 
-def _shown(model: TextModel, *, as_table: bool, silent: bool) -> Callable[[Piece], str]:
-    """How a piece is printed."""
+def _write_text(pieces: Iterable[Piece], tokenizer: Tokenizer | None) -> None:
+    for piece in pieces:
+        print(piece, end="", flush=True)
+    print(flush=True)
 
-    def row(piece: Piece) -> str:
-        text = "" if model.tokenizer is None else repr(model.tokenizer.decode([piece.token]))
-        return f"{piece.logprob:9.4f}  {piece.token:6d}  {text}\n"
 
-    if silent:
-        return lambda piece: ""
-    return row if as_table else str
+def _write_table(pieces: Iterable[Piece], tokenizer: Tokenizer | None) -> None:
+    for piece in pieces:
+        text = repr(tokenizer.decode([piece.token])) if tokenizer else ""
+        print(f"{piece.logprob:9.4f}  {piece.token:6d}  {text}", flush=True)
+
+
+def _write_json(pieces: Iterable[Piece], tokenizer: Tokenizer | None) -> None:
+    pieces = list(pieces)
+    print_json(
+        {
+            "text": "".join(map(str, pieces)),
+            "tokens": [piece.token for piece in pieces],
+            "logprobs": [piece.logprob for piece in pieces],
+            "finish_reason": pieces[-1].finish_reason if pieces else "length",
+        }
+    )
 
 
 def _read_prompt(prompt: str | None, *, continues: bool) -> str:
-    if prompt == "-" or (prompt is None and not sys.stdin.isatty()):
+    if prompt is None and not sys.stdin.isatty():
         try:
             prompt = sys.stdin.buffer.read().decode()
         except UnicodeDecodeError as error:

@@ -152,8 +152,8 @@ class TextModel:
             return _token_ids(prompt)
         if self.tokenizer is None:
             raise UsageError(
-                f"this model came without a tokenizer and cannot read {prompt[:40]!r}; give token ids, or "
-                "TextModel(model, tokenizer)"
+                f"this model came without a tokenizer and cannot read {prompt[:40]!r}; put its tokenizer.json into the "
+                "folder, or give token ids"
             )
         return self.tokenizer.encode(prompt)
 

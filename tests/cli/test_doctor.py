@@ -1,0 +1,79 @@
+"""`longwave doctor`: every kernel is checked, and a wrong one is found."""
+
+import importlib
+import json
+
+import pytest
+
+from longwave.cli import doctor, kernel_check
+from longwave.ops import OPS
+
+STEPS = {"causal_conv1d_step", "selective_scan_step", "ssd_step", "linear_step"}
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    monkeypatch.setattr(doctor, "IMPORTS", "print('not measured')")
+
+
+def test_all_is_well(longwave):
+    done = longwave("doctor", "--json")
+    assert done.status == 0
+    found = json.loads(done.out)
+    assert set(found["kernels"]) == set(OPS) | STEPS
+    assert all(check["ok"] and check["error"] > 0 for check in found["kernels"].values())
+    assert found["import"].startswith("torch ")
+    assert "torch 2" in found["packages"]
+
+
+def test_text(longwave, quick):
+    out = longwave("doctor").out
+    assert all(f"\n{name} " in out for name in STEPS)
+    assert out.count("ok ") == len(OPS) + len(STEPS)
+    assert "WRONG" not in out
+
+
+def test_a_wrong_kernel_is_named(longwave, quick, monkeypatch):
+    def wrong(impl="fused", **inputs):
+        y = OPS["gated_rms_norm"](**inputs, impl=impl)
+        return y + 1e-4 if impl == "fused" else y
+
+    monkeypatch.setattr(kernel_check, "OPS", OPS | {"gated_rms_norm": wrong})
+    done = longwave("doctor")
+    assert done.status == 1
+    assert done.complaint.startswith("wrong kernels: gated_rms_norm;")
+    assert "WRONG: error" in done.out
+
+
+def test_a_wrong_step_is_named(longwave, quick, monkeypatch):
+    from longwave.ops.ssd.api import ssd_step
+
+    def forgetful(state, x, dt, A, B, C, *, D=None, dt_bias=None, dt_softplus=False, dt_limit=(0.0, float("inf"))):
+        y = ssd_step(state, x, dt, A, B, C, D=D, dt_bias=dt_bias, dt_softplus=dt_softplus, dt_limit=dt_limit)
+        state.mul_(0.999)
+        return y
+
+    monkeypatch.setattr(importlib.import_module("longwave.ops.ssd"), "ssd_step", forgetful)
+    assert longwave("doctor").complaint.startswith("wrong kernels: ssd_step;")
+
+
+def test_advice(longwave, quick, monkeypatch, tmp_path):
+    monkeypatch.setattr(doctor, "check_kernels", lambda: [])
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # the tests run on one thread
+    monkeypatch.setattr(doctor.os, "sched_getaffinity", lambda _: range(8))
+    monkeypatch.setattr(doctor, "FEW_GB", 1e9)
+    lines = json.loads(longwave("doctor", "--json").out)["advice"]
+    assert "1 threads for 8 cores: unset OMP_NUM_THREADS" in lines
+    assert any("export LONGWAVE_CACHE=" in line for line in lines)
+
+
+def test_no_folder_for_compiled_kernels(longwave, quick, monkeypatch):
+    from longwave.ops import register
+
+    def refuse(module):
+        raise RuntimeError(f"cannot cache function '_ages': no locator available for file {module!r}")
+
+    launch = register._launcher("longwave.ops.causal_conv1d.cpu:forward")
+    monkeypatch.setattr(register.importlib, "import_module", refuse)
+    with pytest.raises(register.LongwaveError, match="export NUMBA_CACHE_DIR=/tmp/numba"):
+        launch()
