@@ -26,9 +26,8 @@ def quiet(text):
 
 @pytest.mark.parametrize("kind", ["mamba", "mamba2"])
 def test_all_agree_and_are_timed(kind, ungated, monkeypatch, toy):
-    # each of its precisions takes a trial run in another process
-    llama = SOURCES["llama.cpp"]._replace(inference=("f32",) if kind == "mamba" else ("q8_0", "f32"))
-    monkeypatch.setitem(SOURCES, "llama.cpp", llama)
+    llama = SOURCES["llama.cpp"]._replace(inference=("f32", "bf16", "q8_0") if kind == "mamba" else ("f32",))
+    monkeypatch.setitem(SOURCES, "llama.cpp", llama)  # q8_0 takes a trial run in another process
     found = json.loads(json.dumps(run(toy(kind), ungated, WORK, say=quiet)))
     assert [case["case"] for case in found["cases"]] == ["prefill 20", "prefill 48", "decode 3", "training step 24"]
     inference, training = {"longwave float32", "longwave bfloat16"}, {"longwave float32", "longwave bfloat16 autocast"}

@@ -10,15 +10,17 @@ from torch import Tensor
 from torch.nn.functional import conv1d, rms_norm, silu, softplus
 
 
-def selective_scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, **_: Any) -> Tensor:
-    """A loop over time that does outside of it what it can."""
-    b, l, e = x.shape
+def selective_scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, **rest: Any) -> Tensor:
+    """A loop over time, with what can be done outside of it done there.
+
+    Tokens are taken out by `unbind`: the backward of an index fills a tensor of the whole sequence for each token.
+    """
+    b, _, e = x.shape
     state = x.new_zeros(b, e, A.shape[1])
-    dtx = dt * x
     ys = []
-    for t in range(l):
-        state = torch.exp(dt[:, t, :, None] * A) * state + dtx[:, t, :, None] * B[:, t, None, :]  # (b, e, n)
-        ys.append((state @ C[:, t, :, None])[..., 0])  # (b, e)
+    for dt_t, dtx_t, B_t, C_t in zip(*(t.unbind(1) for t in (dt, dt * x, B, C)), strict=True):
+        state = torch.exp(dt_t[..., None] * A) * state + dtx_t[..., None] * B_t[:, None, :]  # (b, e, n)
+        ys.append((state @ C_t[..., None])[..., 0])  # (b, e)
     return torch.stack(ys, dim=1) + D * x
 
 

@@ -23,7 +23,8 @@ def open_peer(folder: Path, precision: str, n_threads: int) -> "LlamaCpp":
     with tempfile.TemporaryDirectory() as temporary:
         path = Path(temporary) / "model.gguf"
         write_gguf(folder, path, precision)
-        _try_in_another_process(path, n_threads)
+        if precision == "q8_0":
+            _try_in_another_process(path, n_threads)
         return LlamaCpp(path, n_threads)
 
 
