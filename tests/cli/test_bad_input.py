@@ -240,10 +240,12 @@ def test_full_disk_keeps_the_old_state(longwave, trained, tmp_path, request):
     assert [path.name for path in tmp_path.iterdir()] == ["a.state"]
 
 
-def test_files_that_cannot_grow(longwave, trained, small_files, tmp_path):
+def test_files_that_cannot_grow(longwave, trained, corpus, small_files, tmp_path):
     failure(longwave("generate", trained, "x", "--max-tokens", 1, "--state-out", "a.state"), "cannot write a.state")
     failure(longwave("import", trained, "mine"), "model.safetensors", "File too large")
-    assert list(tmp_path.rglob("*.state")) == []
+    done = longwave("train", "--text", corpus, *STEP, "--bpe", 270, "--out", "run")
+    failure(done, "cannot write run/bpe-270/tokenizer.json", "File too large")
+    assert list(tmp_path.rglob("*.state")) == list(tmp_path.rglob("tokenizer.json")) == []
     assert list(tmp_path.rglob("*.safetensors")) == []
 
 

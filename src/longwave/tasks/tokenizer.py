@@ -11,6 +11,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from longwave.errors import UsageError
+from longwave.models.saving import write_text
 from longwave.tasks.incremental import REPLACEMENT, ByteStream, TextStream, WindowStream
 
 END = "<|endoftext|>"
@@ -202,10 +203,10 @@ def _settings(file: Path) -> dict:
 def _save(tokenizer: tokenizers.Tokenizer, kind: str, end: str | None, folder: str | Path) -> None:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(folder / "tokenizer.json"))
+    write_text(folder / "tokenizer.json", tokenizer.to_str(pretty=True))
     settings = {"kind": kind, "tokenizer_class": "PreTrainedTokenizerFast"}
     settings |= {} if end is None else {"eos_token": end}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    write_text(folder / "tokenizer_config.json", json.dumps(settings, indent=2) + "\n")
 
 
 def _bytes_as_file() -> tokenizers.Tokenizer:
