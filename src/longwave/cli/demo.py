@@ -69,6 +69,7 @@ def demo(
             "device": device,
             "dtype": dtype,
             "eval_every": 0,
+            "eval_tokens": 32_768,
             "checkpoint_every": 100,
             "sample_prompt": prompt,
             "resume": resume,
