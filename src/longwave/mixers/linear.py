@@ -15,11 +15,12 @@ class Linear(nn.Linear):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        return self.project(input, self.bias)
+        return project(input, self.weight, self.bias)
 
-    def project(self, input: Tensor, bias: Tensor | None) -> Tensor:
-        """input W^T + bias."""
-        streams = input.ndim == 2 and not torch.is_grad_enabled() and type(self.weight) is nn.Parameter
-        if streams and not torch.is_autocast_enabled(input.device.type):
-            return linear_step(input, self.weight, bias)
-        return linear(input, self.weight, bias)
+
+def project(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """input W^T + bias, the way `Linear` does it."""
+    streams = input.ndim == 2 and not torch.is_grad_enabled() and type(weight) is nn.Parameter
+    if streams and not torch.is_autocast_enabled(input.device.type):
+        return linear_step(input, weight, bias)
+    return linear(input, weight, bias)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from longwave.errors import UsageError
 from longwave.mixers.base import check_positive, compute_dtype, reset_children
-from longwave.mixers.linear import Linear
+from longwave.mixers.linear import Linear, project
 from longwave.mixers.norm import RMSNorm
 from longwave.mixers.ssm_parameters import Float32Parameters, check_dt_range, float32_parameter, init_dt_bias
 from longwave.ops.causal_conv1d import causal_conv1d, causal_conv1d_step
@@ -39,7 +39,7 @@ class DtProjection(Float32Parameters, Linear):
         nn.init.uniform_(self.weight, -bound, bound)
 
     def forward(self, input: Tensor) -> Tensor:
-        return self.project(input, None)
+        return project(input, self.weight, None)
 
 
 class Mamba(Float32Parameters):

@@ -6,7 +6,7 @@ from torch import Tensor
 
 def check_shape(op: str, name: str, tensor: Tensor | None, shape: tuple[int, ...], axes: str) -> None:
     """Raise ValueError unless `tensor` is None or has `shape`; `axes` is the shape in letters, such as '(b, l, e)'."""
-    if tensor is not None and tuple(tensor.shape) != shape:
+    if tensor is not None and tensor.shape != shape:
         raise ValueError(f"{op}: {name} must be {axes} = {shape}, got {tuple(tensor.shape)}")
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from longwave.errors import LongwaveError
 
@@ -20,17 +21,34 @@ _library = torch.library.Library("longwave", "FRAGMENT")
 _KERNEL_DEVICES = ("cpu", "meta")
 
 
-def define(schema: str, *, fake: Callable[..., Any], cpu: str) -> Callable[..., Any]:
+def define(schema: str, *, fake: Callable[..., Any], cpu: str, step: bool = False) -> Callable[..., Any]:
     """Define `longwave::<schema>` and return the callable operator.
 
     `cpu` is 'function' in the module `cpu` beside the caller's, written 'longwave.ops.<op>.cpu:function'. `fake` gives
-    empty outputs of the right shapes and dtypes, for tracing.
+    empty outputs of the right shapes and dtypes, for tracing. `step`: a one-token operator, called so often that plain
+    CPU tensors go to its launcher directly: the dispatcher takes longer than some of these kernels.
     """
     name = schema.split("(", 1)[0]
+    launch = _launcher(cpu)
     _library.define(schema)
-    _library.impl(name, _launcher(cpu), "CPU")
+    _library.impl(name, launch, "CPU")
     torch.library.register_fake(f"longwave::{name}", fake, lib=_library)
-    return getattr(torch.ops.longwave, name).default
+    operator = getattr(torch.ops.longwave, name).default
+    return _past_the_dispatcher(operator, launch) if step else operator
+
+
+def _past_the_dispatcher(operator: Callable[..., Any], launch: Callable[..., Any]) -> Callable[..., Any]:
+    """Call `launch` where nothing could ask the dispatcher for more: no tracing, no mode, no tensor subclass."""
+
+    def call(first: Tensor, *rest: Any) -> Any:
+        if torch.compiler.is_compiling() or type(first) is not Tensor or not first.is_cpu or _n_modes():
+            return operator(first, *rest)
+        return launch(first, *rest)
+
+    return call
+
+
+_n_modes = torch._C._len_torch_dispatch_stack
 
 
 def _launcher(path: str) -> Callable[..., Any]:

@@ -92,6 +92,7 @@ _step = define(
     "causal_conv1d_step(Tensor(a!) state, Tensor x, Tensor weight, Tensor? bias, bool silu) -> Tensor",
     fake=lambda state, x, weight, bias, silu: torch.empty_like(x),
     cpu="longwave.ops.causal_conv1d.cpu:step",
+    step=True,
 )
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from longwave.ops.checks import state_dtype
 from longwave.ops.numba_math import jit, silu, silu_slope
-from longwave.ops.openmp import carray, next_ticket, pointer, region, run
+from longwave.ops.openmp import NUMBERS, carray, next_ticket, pointer, region, run
 from longwave.ops.rows import flat
 from longwave.ops.threads import parallel_for
 
@@ -61,7 +61,9 @@ def backward(dy, dfinal, x, weight, bias, silu, initial_state, reset, lengths) -
 
 def step(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
     (b, e), w = x.shape, weight.shape[1]
-    dtype = state_dtype(x.dtype)
+    given = (state, x, weight) if bias is None else (state, x, weight, bias)
+    in_bfloat16 = all(t.dtype is torch.bfloat16 for t in given)
+    dtype = torch.bfloat16 if in_bfloat16 else state_dtype(x.dtype)
     y = torch.empty(b, e, dtype=dtype)
     # The kernel gets addresses only, so these names keep the tensors alive; 0 stands for no bias.
     window, rows, taps = (_contiguous(t, dtype) for t in (state, x, weight))
@@ -234,34 +236,37 @@ def _convolve(rows, taps, bias, age, t0, n, sums):
 
 @functools.cache
 def _step_kernel(dtype: torch.dtype) -> Any:
-    number = np.float64 if dtype is torch.float64 else np.float32
-    size = np.dtype(number).itemsize
+    stored, computed, widen, narrow = NUMBERS[dtype]
+    size = np.dtype(stored).itemsize
 
     @region
     def kernel(words):
         _, state_at, x_at, taps_at, bias_at, y_at, b, e, w, with_silu = carray(words, 10, np.int64)
-        taps = carray(pointer(taps_at), (e, w), number)
+        taps = carray(pointer(taps_at), (e, w), stored)
+        total = np.empty(e, computed)
         for i in range(b if next_ticket(words) == 0 else 0):
-            x = carray(pointer(x_at + i * e * size), e, number)
-            y = carray(pointer(y_at + i * e * size), e, number)
+            x = carray(pointer(x_at + i * e * size), e, stored)
+            y = carray(pointer(y_at + i * e * size), e, stored)
             if bias_at:
-                bias = carray(pointer(bias_at), e, number)
+                bias = carray(pointer(bias_at), e, stored)
                 for c in range(e):
-                    y[c] = bias[c] + taps[c, w - 1] * x[c]
+                    total[c] = widen(bias[c]) + widen(taps[c, w - 1]) * widen(x[c])
             else:
                 for c in range(e):
-                    y[c] = taps[c, w - 1] * x[c]
+                    total[c] = widen(taps[c, w - 1]) * widen(x[c])
             for k in range(w - 1):
-                row = carray(pointer(state_at + (i * (w - 1) + k) * e * size), e, number)
-                newer = carray(pointer(state_at + (i * (w - 1) + k + 1) * e * size), e, number)
+                row = carray(pointer(state_at + (i * (w - 1) + k) * e * size), e, stored)
+                newer = carray(pointer(state_at + (i * (w - 1) + k + 1) * e * size), e, stored)
                 for c in range(e):
-                    y[c] += taps[c, k] * row[c]
+                    total[c] += widen(taps[c, k]) * widen(row[c])
                 if k < w - 2:
                     row[:] = newer
                 else:
                     row[:] = x
             if with_silu:
                 for c in range(e):
-                    y[c] = silu(y[c])
+                    total[c] = silu(total[c])
+            for c in range(e):
+                y[c] = narrow(total[c])
 
     return kernel

@@ -148,6 +148,7 @@ _step = define(
     "Tensor? dt_bias, bool dt_softplus, bool log_A) -> Tensor",
     fake=lambda state, x, *rest: x.new_empty(x.shape),
     cpu="longwave.ops.selective_scan.cpu:step",
+    step=True,
 )
 
 

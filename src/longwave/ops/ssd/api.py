@@ -133,6 +133,7 @@ _step = define(
     "Tensor? dt_bias, bool dt_softplus, float dt_min, float dt_max) -> Tensor",
     fake=lambda state, x, *rest: torch.empty_like(x, memory_format=torch.contiguous_format),
     cpu="longwave.ops.ssd.cpu:step",
+    step=True,
 )
 
 
