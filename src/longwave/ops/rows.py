@@ -13,11 +13,14 @@ from torch import Tensor
 def flat(x: Tensor) -> tuple[np.ndarray, tuple[int, ...]]:
     """The memory that `x` spans from its first element on, as a 1-D array, and the strides of all but the last axis.
 
-    `x` must be on the CPU, float32 or float64. Copied only if its last axis is not contiguous.
+    `x` must be on the CPU: float32, float64, or bfloat16, which is given as its uint16 bits (`numba_bfloat16.py`).
+    Copied only if its last axis is not contiguous.
     """
     x = x.detach()
     if x.stride(-1) != 1 and x.shape[-1] > 1:
         x = x.contiguous()
+    if x.dtype is torch.bfloat16:
+        x = x.view(torch.uint16)
     if x.numel() == 0:
         return np.empty(0, dtype=x.new_empty(0).numpy().dtype), x.stride()[:-1]
     span = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))

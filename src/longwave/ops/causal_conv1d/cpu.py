@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from longwave.ops.checks import state_dtype
+from longwave.ops.numba_bfloat16 import NUMBERS, narrow, widen
 from longwave.ops.numba_math import jit, silu, silu_slope
-from longwave.ops.openmp import NUMBERS, carray, next_ticket, pointer, region, run
+from longwave.ops.openmp import carray, next_ticket, pointer, region, run
 from longwave.ops.rows import flat
 from longwave.ops.threads import parallel_for
 
@@ -24,8 +25,8 @@ _TILE = 32  # tokens whose inputs lie in the first-level cache together
 def forward(x, weight, bias, silu, initial_state, reset, lengths) -> tuple[Tensor, Tensor]:
     b, l, e = x.shape
     inputs = _Inputs(x, weight, bias, initial_state, reset, lengths)
-    y = torch.empty(b, l, e, dtype=inputs.dtype)
-    y_flat = y.view(-1).numpy()
+    y = torch.empty(b, l, e, dtype=inputs.given)
+    y_flat, _ = flat(y.view(-1))
     blocks = -(-e // _BLOCK)
 
     def body(i: int) -> None:
@@ -85,6 +86,7 @@ class _Inputs:
     def __init__(self, x, weight, bias, initial_state, reset, lengths):
         b, l, e = x.shape
         self.dtype = state_dtype(x.dtype)
+        self.given = x.dtype if x.dtype is torch.bfloat16 else self.dtype  # what the kernels read x as
         self.w = weight.shape[1]
         window = torch.zeros(b, self.w - 1, e, dtype=x.dtype) if initial_state is None else initial_state
         self.window = window.to(x.dtype).contiguous()
@@ -92,7 +94,7 @@ class _Inputs:
         self.age = _ages(np.zeros((b, l), np.bool_) if reset is None else reset.numpy(), self.w)
         taps = weight.detach().to(self.dtype).flip(1).t().contiguous()  # (w, e): tap j looks j tokens back
         offset = torch.zeros(e, dtype=self.dtype) if bias is None else bias.detach().to(self.dtype).contiguous()
-        x_flat, (x_row, x_time) = flat(x.to(self.dtype))
+        x_flat, (x_row, x_time) = flat(x.to(self.given))
         window_flat = self.window.detach().to(self.dtype).contiguous().view(-1).numpy()
         self.kernel_args = (
             x_flat,
@@ -148,7 +150,7 @@ def _ages(reset, w):
 def _forward_block(x, x_row, x_time, l, e, window, taps, bias, age, ends, with_silu, y, i, c0, c1):
     w, width = taps.shape[0], c1 - c0
     local_taps, offset = taps[:, c0:c1].copy(), bias[c0:c1].copy()
-    rows, sums = np.empty((w - 1 + _TILE, width), y.dtype), np.empty((_TILE, width), y.dtype)
+    rows, sums = np.empty((w - 1 + _TILE, width), taps.dtype), np.empty((_TILE, width), taps.dtype)
     for t0 in range(0, ends[i], _TILE):
         n = min(_TILE, ends[i] - t0)
         _read_tile(rows, x, x_row, x_time, e, window, w, i, t0, n, c0)
@@ -158,8 +160,10 @@ def _forward_block(x, x_row, x_time, l, e, window, taps, bias, age, ends, with_s
                 for c in range(width):
                     sums[s, c] = silu(sums[s, c])
         for s in range(n):
-            out = (i * l + t0 + s) * e
-            y[out + c0 : out + c1] = sums[s]
+            start = (i * l + t0 + s) * e + c0
+            out = y[start : start + width]
+            for c in range(width):
+                out[c] = narrow(sums[s, c], y)
     for t in range(ends[i], l):
         y[(i * l + t) * e + c0 : (i * l + t) * e + c1] = 0
 
@@ -212,7 +216,9 @@ def _read_tile(rows, x, x_row, x_time, e, window, w, i, t0, n, c0):
         t = t0 - (w - 1) + s
         if t >= 0:
             start = i * x_row + t * x_time + c0
-            rows[s] = x[start : start + width]
+            inputs = x[start : start + width]
+            for c in range(width):
+                rows[s, c] = widen(inputs[c])
         else:
             start = (i * (w - 1) + w - 1 + t) * e + c0
             rows[s] = window[start : start + width]

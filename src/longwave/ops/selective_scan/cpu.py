@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from longwave.ops.checks import state_dtype
+from longwave.ops.numba_bfloat16 import narrow, widen
 from longwave.ops.numba_math import exp, exp2, jit, sigmoid, silu, silu_slope, softplus
 from longwave.ops.openmp import carray, next_ticket, pointer, region, run
 from longwave.ops.rows import flat
@@ -32,13 +33,15 @@ _LN2 = math.log(2)
 def forward(x, dt, A, B, C, D, z, dt_bias, initial_state, reset, lengths, dt_softplus, chunk_len):
     b, l, e = x.shape
     n = A.shape[1]
-    inputs = _Inputs(x, dt, A, B, C, D, z, dt_bias, reset, lengths, dt_softplus)
-    y = inputs.new(b, l, e)
+    in_bfloat16 = all(t is None or t.dtype is torch.bfloat16 for t in (x, dt, z))
+    given = torch.bfloat16 if in_bfloat16 else state_dtype(x.dtype)
+    inputs = _Inputs(x, dt, A, B, C, D, z, dt_bias, reset, lengths, dt_softplus, given)
+    y = inputs.new(b, l, e, dtype=inputs.given)
     state = torch.zeros(b, e, n, dtype=inputs.dtype)
     if initial_state is not None:
         state.copy_(initial_state)
     states = torch.empty(b, -(-l // chunk_len) if chunk_len else 0, n, e, dtype=inputs.dtype)
-    outputs = y.numpy(), state.numpy(), states.numpy()
+    outputs = _array(y), state.numpy(), states.numpy()
 
     def body(i: int) -> None:
         place = inputs.place(i)
@@ -63,7 +66,7 @@ def backward(dy, dfinal, states, x, dt, A, B, C, D, z, dt_bias, initial_state, r
     # Sums over channels: one part for each block, added up in a fixed order.
     dB, dC = inputs.new(inputs.n_blocks, l, n), inputs.new(inputs.n_blocks, l, n)
     grads = tuple(t.numpy() for t in (dx, ddt, dz, dstate, dA, dD, ddt_bias, dB, dC))
-    dy_array, states_array = inputs.array(dy), states.numpy()
+    dy_array, states_array = inputs.array(dy, dtype), states.numpy()
 
     def body(i: int) -> None:
         place = inputs.place(i)
@@ -104,30 +107,39 @@ def _addressable(t: Tensor, dtype: torch.dtype) -> Tensor:
     return t if t.stride(-1) == 1 else t.contiguous()
 
 
+def _array(t: Tensor) -> np.ndarray:
+    """The memory of `t`; bfloat16 as its bits."""
+    return (t.view(torch.uint16) if t.dtype is torch.bfloat16 else t).numpy()
+
+
 class _Inputs:
     """What both kernels read, in the accumulation dtype, and how the work is cut."""
 
-    def __init__(self, x, dt, A, B, C, D, z, dt_bias, reset, lengths, dt_softplus):
+    def __init__(self, x, dt, A, B, C, D, z, dt_bias, reset, lengths, dt_softplus, given=None):
+        """`given`: the dtype in which x, dt and z are read."""
         b, l, self.e = x.shape
         self.dtype = dtype = state_dtype(x.dtype)
+        self.given = given or dtype
         self.blocks_per_row = -(-self.e // _WIDTH)
         self.n_blocks = b * self.blocks_per_row
         # The kernels leave out what lies behind the lengths.
-        self.new = functools.partial(torch.empty if lengths is None else torch.zeros, dtype=dtype)
+        new = torch.empty if lengths is None else torch.zeros
+        self.new = lambda *shape, dtype=dtype: new(shape, dtype=dtype)
 
         # The kernels compute 2^(dt A log2(e)).
         exponents = (A.detach().to(dtype) * _LOG2E).contiguous().numpy()
         ends = np.full(b, l) if lengths is None else lengths.contiguous().numpy()
         resets = np.zeros((b, l), np.bool_) if reset is None else reset.contiguous().numpy()
-        gate = self.array(x if z is None else z)
+        gate = self.array(x if z is None else z, self.given)
         self.arrays = (
-            *(self.array(t) for t in (x, dt, B, C)),
+            *(self.array(t, self.given) for t in (x, dt)),
+            *(self.array(t, dtype) for t in (B, C)),
             *(gate, z is not None, exponents, self._vector(D), self._vector(dt_bias), dt_softplus, resets, ends),
         )
 
-    def array(self, t: Tensor) -> tuple[np.ndarray, int, int]:
-        """The memory of a sequence and its strides over rows and time."""
-        memory, (row, time) = flat(t.to(self.dtype))
+    def array(self, t: Tensor, dtype: torch.dtype) -> tuple[np.ndarray, int, int]:
+        """The memory of a sequence in `dtype`, and its strides over rows and time."""
+        memory, (row, time) = flat(t.to(dtype))
         return memory, row, time
 
     def _vector(self, t: Tensor | None) -> np.ndarray:
@@ -166,10 +178,10 @@ def _forward_block(
             if has_z:
                 gate = _channels(z, place, t0 + s)
                 for c in range(width):
-                    out[c] = (scan[c] + skip[c] * u[c]) * silu(gate[c])
+                    out[c] = narrow((scan[c] + skip[c] * widen(u[c])) * silu(widen(gate[c])), y)
             else:
                 for c in range(width):
-                    out[c] = scan[c] + skip[c] * u[c]
+                    out[c] = narrow(scan[c] + skip[c] * widen(u[c]), y)
     _write_transposed(h, width, state[i, c0:])
 
 
@@ -300,12 +312,12 @@ def _prepare(place, t0, t1, x, dt, dt_bias, dt_softplus, steps, entries):
         u, raw, step, entry = _channels(x, place, t), _channels(dt, place, t), steps[t - t0], entries[t - t0]
         if dt_softplus:
             for c in range(width):
-                step[c] = softplus(raw[c] + bias[c])
+                step[c] = softplus(widen(raw[c]) + bias[c])
         else:
             for c in range(width):
-                step[c] = raw[c] + bias[c]
+                step[c] = widen(raw[c]) + bias[c]
         for c in range(width):
-            entry[c] = step[c] * u[c]
+            entry[c] = step[c] * widen(u[c])
 
 
 @jit
