@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from longwave.ops.checks import state_dtype
-from longwave.ops.numba_bfloat16 import narrow, widen
+from longwave.ops.numba_bfloat16 import NUMBERS, narrow, widen
 from longwave.ops.numba_math import exp, exp2, jit, sigmoid, silu, silu_slope, softplus
 from longwave.ops.openmp import carray, next_ticket, pointer, region, run
 from longwave.ops.rows import flat
@@ -85,19 +85,21 @@ def backward(dy, dfinal, states, x, dt, A, B, C, D, z, dt_bias, initial_state, r
 
 def step(state: Tensor, x, dt, A, B, C, D, z, dt_bias, dt_softplus, log_A) -> Tensor:
     (b, e), n, dtype = x.shape, A.shape[1], state.dtype
-    y = torch.empty(b, e, dtype=dtype)
+    in_bfloat16 = all(t is None or t.dtype is torch.bfloat16 for t in (x, dt, B, C, z))
+    given = torch.bfloat16 if in_bfloat16 and dtype is torch.float32 else dtype
+    y = torch.empty(b, e, dtype=given)
     memory = state.contiguous()
     # The kernel gets addresses only, so these lists keep the tensors alive; 0 stands for what is absent.
-    vectors = [None if t is None else _addressable(t, dtype).contiguous() for t in (memory, y, A, D, dt_bias)]
-    rows = [None if t is None else _addressable(t, dtype) for t in (x, dt, B, C, z)]
-    words = [b, e, n, dt_softplus, log_A]
+    vectors = [None if t is None else _addressable(t, dtype).contiguous() for t in (A, D, dt_bias)]
+    rows = [None if t is None else _addressable(t, given) for t in (x, dt, B, C, z)]
+    words = [b, e, n, dt_softplus, log_A, memory.data_ptr(), y.data_ptr()]
     words += [0 if t is None else t.data_ptr() for t in vectors]
     for t in rows:
         words += (0, 0) if t is None else (t.data_ptr(), t.stride(0))
-    run(_step_kernel(dtype), words, n_blocks=max(1, state.numel() // _STEP_ELEMENTS))
+    run(_step_kernel(given), words, n_blocks=max(1, state.numel() // _STEP_ELEMENTS))
     if memory.data_ptr() != state.data_ptr():
         state.copy_(memory)
-    return y if dtype is x.dtype else y.to(x.dtype)
+    return y if given is x.dtype else y.to(x.dtype)
 
 
 def _addressable(t: Tensor, dtype: torch.dtype) -> Tensor:
@@ -371,9 +373,9 @@ def _retreat(before, after, decay, exponents, step, entry, B, C, dtotal, dh, dA_
 
 @functools.cache
 def _step_kernel(dtype: torch.dtype) -> Any:
-    """The parallel region of `step`: threads draw blocks of channels."""
-    scalar = np.float64 if dtype == torch.float64 else np.float32
-    size = dtype.itemsize
+    """The parallel region of `step`, for x, dt, B, C, z and y in `dtype`: threads draw blocks of channels."""
+    stored, scalar, _, _ = NUMBERS[dtype]
+    given_size, size = np.dtype(stored).itemsize, np.dtype(scalar).itemsize
 
     @region
     def kernel(words):
@@ -386,17 +388,17 @@ def _step_kernel(dtype: torch.dtype) -> Any:
             width = min(_STEP_CHANNELS, e - c0)
             _step_block(
                 carray(pointer(state + (i * e + c0) * n * size), (width, n), scalar),
-                carray(pointer(x + (i * x_row + c0) * size), width, scalar),
-                carray(pointer(dt + (i * dt_row + c0) * size), width, scalar),
+                carray(pointer(x + (i * x_row + c0) * given_size), width, stored),
+                carray(pointer(dt + (i * dt_row + c0) * given_size), width, stored),
                 carray(pointer(A + c0 * n * size), (width, n), scalar),
-                carray(pointer(B + i * B_row * size), n, scalar),
-                carray(pointer(C + i * C_row * size), n, scalar),
+                carray(pointer(B + i * B_row * given_size), n, stored),
+                carray(pointer(C + i * C_row * given_size), n, stored),
                 carray(pointer(D + c0 * size), width if D else 0, scalar),
-                carray(pointer(z + (i * z_row + c0) * size), width if z else 0, scalar),
+                carray(pointer(z + (i * z_row + c0) * given_size), width if z else 0, stored),
                 carray(pointer(dt_bias + c0 * size), width if dt_bias else 0, scalar),
                 dt_softplus,
                 log_A,
-                carray(pointer(y + (i * e + c0) * size), width, scalar),
+                carray(pointer(y + (i * e + c0) * given_size), width, stored),
             )
             block = next_ticket(words)
 
@@ -407,28 +409,34 @@ def _step_kernel(dtype: torch.dtype) -> Any:
 def _step_block(h, x, dt, A, B, C, D, z, dt_bias, dt_softplus, log_A, y):
     """One token; D, z and dt_bias are empty where absent."""
     width, n = h.shape
+    out, enters, leaves = np.empty(width, h.dtype), np.empty(n, h.dtype), np.empty(n, h.dtype)
+    for k in range(n):
+        enters[k] = widen(B[k])
+        leaves[k] = widen(C[k])
     for c in range(width):
-        y[c] = dt[c]
+        out[c] = widen(dt[c])
     for c in range(len(dt_bias)):
-        y[c] += dt_bias[c]
+        out[c] += dt_bias[c]
     if dt_softplus:
         for c in range(width):
-            y[c] = softplus(y[c])
+            out[c] = softplus(out[c])
     for c in range(width):
-        step, entry, one, rate = y[c], y[c] * x[c], h[c], A[c]
+        step, entry, one, rate = out[c], out[c] * widen(x[c]), h[c], A[c]
         if log_A:
             for k in range(n):
-                one[k] = exp(-step * exp(rate[k])) * one[k] + entry * B[k]
+                one[k] = exp(-step * exp(rate[k])) * one[k] + entry * enters[k]
         else:
             for k in range(n):
-                one[k] = exp(step * rate[k]) * one[k] + entry * B[k]
+                one[k] = exp(step * rate[k]) * one[k] + entry * enters[k]
     # A loop of its own: a sum is a chain of additions, each of which waits for the one before.
     for c in range(width):
-        one, total = h[c], y.dtype.type(0)
+        one, total = h[c], h.dtype.type(0)
         for k in range(n):
-            total += one[k] * C[k]
-        y[c] = total
+            total += one[k] * leaves[k]
+        out[c] = total
     for c in range(len(D)):
-        y[c] += D[c] * x[c]
+        out[c] += D[c] * widen(x[c])
     for c in range(len(z)):
-        y[c] *= silu(z[c])
+        out[c] *= silu(widen(z[c]))
+    for c in range(width):
+        y[c] = narrow(out[c], y)
