@@ -35,15 +35,17 @@ def selective_scan(
     state = xs.new_zeros(b, e, A.shape[1]) if initial_state is None else initial_state.to(dtype)
 
     ys = []
-    for t in range(l):
+    gates = xs if z is None else z.to(dtype)
+    # Unbound, not indexed: the gradient of an index is as long as the sequence, for every token.
+    for t, (x_t, dt_t, B_t, C_t, z_t) in enumerate(zip(*(s.unbind(1) for s in (xs, dt, B, C, gates)), strict=True)):
         before = state if reset is None else torch.where(reset[:, t, None, None], 0.0, state)
-        decay = torch.exp(dt[:, t, :, None] * A)  # (b, e, n)
-        after = decay * before + (dt[:, t] * xs[:, t])[..., None] * B[:, t, None, :]
-        y = (after @ C[:, t, :, None]).squeeze(-1)  # (b, e)
+        decay = torch.exp(dt_t[..., None] * A)  # (b, e, n)
+        after = decay * before + (dt_t * x_t)[..., None] * B_t[:, None, :]
+        y = (after @ C_t[..., None]).squeeze(-1)  # (b, e)
         if D is not None:
-            y = y + D.to(dtype) * xs[:, t]
+            y = y + D.to(dtype) * x_t
         if z is not None:
-            y = y * silu(z[:, t].to(dtype))
+            y = y * silu(z_t)
         if lengths is not None:
             valid = t < lengths
             after = torch.where(valid[:, None, None], after, state)

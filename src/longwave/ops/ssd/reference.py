@@ -35,13 +35,14 @@ def ssd(
     state = xs.new_zeros(b, h, p, n) if initial_state is None else initial_state.to(dtype)
 
     ys = []
-    for t in range(l):
+    # Unbound, not indexed: the gradient of an index is as long as the sequence, for every token.
+    for t, (x_t, dt_t, B_t, C_t) in enumerate(zip(*(s.unbind(1) for s in (xs, dt, B, C)), strict=True)):
         before = state if reset is None else torch.where(reset[:, t, None, None, None], 0.0, state)
-        decay = torch.exp(dt[:, t] * A)[..., None, None]
-        after = decay * before + (dt[:, t, :, None] * xs[:, t])[..., None] * B[:, t, :, None]  # (b, h, p, n)
-        y = (after @ C[:, t, :, :, None]).squeeze(-1)  # (b, h, p)
+        decay = torch.exp(dt_t * A)[..., None, None]
+        after = decay * before + (dt_t[..., None] * x_t)[..., None] * B_t[:, :, None]  # (b, h, p, n)
+        y = (after @ C_t[..., None]).squeeze(-1)  # (b, h, p)
         if D is not None:
-            y = y + D.to(dtype).reshape(h, -1) * xs[:, t]
+            y = y + D.to(dtype).reshape(h, -1) * x_t
         if lengths is not None:
             valid = t < lengths
             after = torch.where(valid[:, None, None, None], after, state)
