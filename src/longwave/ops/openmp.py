@@ -7,7 +7,6 @@ addresses and sizes (`pointer` turns an address into something `numba.carray` ta
 """
 
 import ctypes
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +17,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from longwave.ops.numba_math import OPTIONS
-from longwave.ops.threads import parallel_for
+from longwave.ops.threads import parallel_for, start_region
 
 
 def region(function: Callable[..., Any]) -> Any:
@@ -30,7 +29,7 @@ def run(kernel: Any, words: list[int], n_blocks: int) -> None:
     """Call the compiled `kernel` with `words` behind a ticket counter at 0, on at most `n_blocks` threads."""
     memory = (ctypes.c_int64 * (1 + len(words)))(0, *words)
     n_threads = min(torch.get_num_threads(), n_blocks)
-    start = _start_region()
+    start = start_region()
     if n_threads == 1:
         kernel.ctypes(ctypes.addressof(memory))
     elif start is None:
@@ -41,24 +40,12 @@ def run(kernel: Any, words: list[int], n_blocks: int) -> None:
 
 def threads_in_use() -> str:
     """Whose threads `run` works on, in words."""
-    return "Python's" if _start_region() is None else "torch's OpenMP"
+    return "Python's" if start_region() is None else "torch's OpenMP"
 
 
 # Their own types describe what they are outside a kernel, not inside.
 _intrinsic: Any = intrinsic
 carray: Any = numba.carray  # pyright: ignore[reportPrivateImportUsage]
-
-
-@functools.cache
-def _start_region() -> Callable[..., None] | None:
-    """GNU OpenMP's entry point in the library that torch loaded, or None where torch uses another."""
-    try:
-        start = ctypes.CDLL("libgomp.so.1").GOMP_parallel
-    except (OSError, AttributeError):
-        return None
-    start.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
-    start.restype = None
-    return start
 
 
 @_intrinsic

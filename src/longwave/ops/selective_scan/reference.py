@@ -25,7 +25,7 @@ def selective_scan(
     reset: Tensor | None,  # (b, l)
     lengths: Tensor | None,  # (b,)
 ) -> tuple[Tensor, Tensor]:
-    b, l, e = x.shape
+    b, _, e = x.shape
     dtype = state_dtype(x.dtype)
     xs, dt, A, B, C = (tensor.to(dtype) for tensor in (x, dt, A, B, C))
     if dt_bias is not None:

@@ -25,7 +25,7 @@ def ssd(
     reset: Tensor | None,  # (b, l)
     lengths: Tensor | None,  # (b,)
 ) -> tuple[Tensor, Tensor]:
-    b, l, h, p = x.shape
+    b, _, h, p = x.shape
     g, n = B.shape[2:]
     dtype = state_dtype(x.dtype)
     dt = step_sizes(dt.to(dtype), dt_bias, dt_softplus, dt_limit)
