@@ -21,7 +21,9 @@ def test_ops_ends_with_one_line_of_json(capsys):
 
 def test_model_as_json_alone_with_the_gate(capsys, monkeypatch, toy):
     monkeypatch.setitem(PRESETS, "toy", lambda: toy("mamba"))
-    command = "bench model toy --peers mambapy --prefill 8 --prefill 16 --decode 0 --train 0 --runs 1 --limit 0.99 --json"
+    command = (
+        "bench model toy --peers mambapy --prefill 8 --prefill 16 --decode 0 --train 0 --runs 1 --limit 0.99 --json"
+    )
     assert run(command.split()) == 0
     out = capsys.readouterr().out
     found = json.loads(out)
