@@ -1,7 +1,7 @@
 """Cross entropy over a large vocabulary, in memory that does not grow with the number of tokens."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
 from longwave.errors import UsageError
+from longwave.mixers.linear import Linear
 
 MAX_LOGITS = 2**25  # made at once: 128 MiB in float32
 
@@ -18,7 +19,7 @@ Part = Callable[[Tensor, Tensor], Tensor]
 
 
 def linear_cross_entropy(
-    head: nn.Module,
+    head: Callable[[Tensor], Tensor],
     hidden: Tensor,
     targets: Tensor,
     *,
@@ -65,10 +66,11 @@ def linear_cross_entropy(
     return loss / (targets != ignore_index).sum() if reduction == "mean" else loss
 
 
-def _is_plain(head: nn.Module) -> bool:
+def _is_plain(head: Callable[[Tensor], Tensor]) -> TypeGuard[nn.Linear]:
     """Whether its parameters are all that its output depends on: no adapter, hook, parametrization or sharding."""
-    hooked = head._forward_hooks or head._forward_pre_hooks
-    return type(head) is nn.Linear and not hooked and not torch.compiler.is_compiling()
+    if not isinstance(head, nn.Linear) or type(head) not in (nn.Linear, Linear):
+        return False
+    return not (head._forward_hooks or head._forward_pre_hooks or torch.compiler.is_compiling())
 
 
 class _SumOfParts(torch.autograd.Function):
