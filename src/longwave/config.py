@@ -25,7 +25,8 @@ def to_dict(config: Any) -> Any:
     """Plain JSON values of a configuration, `kind` first where it has one. Fields equal to their default are kept."""
     if dataclasses.is_dataclass(config) and not isinstance(config, type):
         kind = getattr(config, "kind", None)
-        return ({} if kind is None else {"kind": kind}) | {f.name: to_dict(getattr(config, f.name)) for f in dataclasses.fields(config)}
+        named = {} if kind is None else {"kind": kind}
+        return named | {f.name: to_dict(getattr(config, f.name)) for f in dataclasses.fields(config)}
     if isinstance(config, (list, tuple)):
         return [to_dict(item) for item in config]
     if isinstance(config, Mapping):
