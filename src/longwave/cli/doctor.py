@@ -74,7 +74,7 @@ def machine() -> dict[str, str]:
         "cpu": f"{about['processor']}; {about['threads']}; {', '.join(_units()) or 'no vector units known'}",
         "gpu": ", ".join(gpus) or "none",
         "forms": "Numba on the CPU" + ("; the reference, slow, on the GPU" if gpus else ""),
-        "threads": f"{torch.get_num_threads()}, {threads_in_use()}, for one token at a time",
+        "threads": f"{torch.get_num_threads()}, {threads_in_use()}",
         "compiled": f"kept in {_numba_cache() or 'nowhere, so they cannot run'}",
         "text cache": f"{cache}, {_free_gb(cache):.1f} GB free",
     }

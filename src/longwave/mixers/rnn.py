@@ -1,5 +1,6 @@
 """Recurrent baselines on torch's own kernels: LSTM and GRU."""
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -32,7 +33,7 @@ class RNNConfig:
         check_positive(self, "d_hidden")
 
 
-class _RNN(nn.Module):
+class _RNN(nn.Module, ABC):
     """What LSTM and GRU share: weights named and drawn as nn.LSTM's and nn.GRU's, one layer, one direction.
 
     A batch without `reset` and `lengths` is one call of torch's sequence kernel. With them, each document becomes a row
@@ -116,12 +117,13 @@ class _RNN(nn.Module):
         final = [torch.where(lengths[:, None] > 0, t[0, last], old) for t, old in zip(hidden, h0, strict=True)]
         return y, final
 
+    @abstractmethod
     def _kernel(self, x: Tensor, h0: list[Tensor], layout: Tensor | bool) -> tuple[Tensor, ...]:
         """torch's sequence kernel. `layout`: the batch size at each position of a packed x, or True: x is (b, l, d)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _cell(self, x: Tensor, *hidden: Tensor) -> tuple[Tensor, ...]:
-        raise NotImplementedError
+        """torch's kernel of one token."""
 
     def _weights(self) -> list[Tensor]:
         names = ("weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0")

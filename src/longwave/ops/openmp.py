@@ -39,7 +39,7 @@ def run(kernel: Any, words: list[int], n_blocks: int) -> None:
 
 
 def threads_in_use() -> str:
-    """Whose threads `run` works on, in words."""
+    """Whose threads kernels run on, in words."""
     return "Python's" if start_region() is None else "torch's OpenMP"
 
 

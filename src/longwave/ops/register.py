@@ -62,7 +62,7 @@ def _launcher(path: str) -> Callable[..., Any]:
             if "cannot cache function" not in str(error):
                 raise
             raise LongwaveError(
-                "Numba finds no folder to keep compiled kernels in; name one: export NUMBA_CACHE_DIR=/tmp/numba"
+                "Numba finds no folder to keep compiled kernels in; name one: export NUMBA_CACHE_DIR=~/.numba"
             ) from error
 
     def launch(*args: Any) -> Any:
