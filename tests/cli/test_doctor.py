@@ -75,5 +75,5 @@ def test_no_folder_for_compiled_kernels(longwave, quick, monkeypatch):
 
     launch = register._launcher("longwave.ops.causal_conv1d.cpu:forward")
     monkeypatch.setattr(register.importlib, "import_module", refuse)
-    with pytest.raises(register.LongwaveError, match="export NUMBA_CACHE_DIR=~/.numba"):
+    with pytest.raises(register.LongwaveError, match=r"export NUMBA_CACHE_DIR=~/\.numba"):
         launch()
