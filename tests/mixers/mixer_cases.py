@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from longwave.mixers import MIXERS
+from longwave.mixers.nested import map_tensors, reserve, tensors
 
 D = 16
 SMALL = {"d_state": 4, "d_head": 8}
@@ -53,20 +54,20 @@ def shake(module: nn.Module) -> None:
 
 def row(state: Any, i: int) -> Any:
     """The state of sequence i alone."""
-    return type(state)(*(tensor[i : i + 1] for tensor in state))
+    return map_tensors(lambda tensor: tensor[i : i + 1], state)
 
 
 def trimmed(state: Any) -> Any:
-    return state.reserve(0) if hasattr(state, "reserve") else state
+    return reserve(state, 0)
 
 
 def assert_same_state(actual: Any, expected: Any, **tolerance: float) -> None:
-    torch.testing.assert_close(tuple(trimmed(actual)), tuple(trimmed(expected)), **tolerance)
+    torch.testing.assert_close(tensors(trimmed(actual)), tensors(trimmed(expected)), **tolerance)
 
 
 def held(state: Any) -> int:
     """Bytes of all tensors but the counters."""
-    return sum(t.nbytes for t in state if t.is_floating_point())
+    return sum(t.nbytes for t in tensors(state) if t.is_floating_point())
 
 
 def leaves(mixer: Any, x: Tensor) -> list[Tensor]:

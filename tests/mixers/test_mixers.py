@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from longwave.config import from_dict, to_dict
 from longwave.errors import UsageError
 from longwave.mixers import CHANNELS, MIXERS
+from longwave.mixers.nested import map_tensors, reserve, tensors
 
 torch.set_num_threads(1)
 every_case = pytest.mark.parametrize("case", CASES)
@@ -59,7 +60,7 @@ def test_steps_go_on_from_any_state(case, reset, lengths):
     more = torch.randn(B, 9, D, dtype=torch.float64)
     _, state = mixer(x, reset=reset, lengths=lengths)
     expected, expected_state = mixer(more, state)
-    stepped = state.reserve(9) if hasattr(state, "reserve") else type(state)(*(t.clone() for t in state))
+    stepped = reserve(state, 9)
     y = torch.stack([mixer.step(more[:, t], stepped) for t in range(9)], 1)
     torch.testing.assert_close(y, expected)
     assert not y.requires_grad
@@ -138,7 +139,7 @@ def test_no_gradient_from_padding(case):
     mixer, x = build(case), torch.randn(2, L, D, dtype=torch.float64, requires_grad=True)
     lengths = torch.tensor([4, 0])
     y, state = mixer(x, lengths=lengths)
-    (y[0, :4].sum() + sum(t.sum() for t in state if t.is_floating_point())).backward()
+    (y[0, :4].sum() + sum(t.sum() for t in tensors(state) if t.is_floating_point())).backward()
     assert x.grad is not None
     assert x.grad[0, :4].abs().sum() > 0
     assert not x.grad[0, 4:].any()
@@ -168,21 +169,20 @@ def test_state_is_differentiable(case):
 def test_forward_leaves_the_state_it_was_given(case):
     mixer, x = build(case), torch.randn(2, L, D, dtype=torch.float64)
     _, state = mixer(x)
-    kept = [t.clone() for t in state]
+    kept = [t.clone() for t in tensors(state)]
     _, after = mixer(x, state, reset=torch.rand(2, L) < 0.3, lengths=torch.tensor([5, 9]))
-    after = after.reserve(1) if hasattr(after, "reserve") else after
-    mixer.step(x[:, 0], after)
-    torch.testing.assert_close(list(state), kept, rtol=0, atol=0)
+    mixer.step(x[:, 0], reserve(after, 1))
+    torch.testing.assert_close(tensors(state), kept, rtol=0, atol=0)
 
 
 @every_case
 def test_a_step_changes_the_state_in_place(case):
     mixer = build(case)
     state = mixer.init_state(2, length=1)
-    addresses, zeros = [t.data_ptr() for t in state], [t.clone() for t in state]
+    addresses, zeros = [t.data_ptr() for t in tensors(state)], [t.clone() for t in tensors(state)]
     mixer.step(torch.randn(2, D, dtype=torch.float64), state)
-    assert [t.data_ptr() for t in state] == addresses
-    assert any((t != z).any() for t, z in zip(state, zeros, strict=True))
+    assert [t.data_ptr() for t in tensors(state)] == addresses
+    assert any((t != z).any() for t, z in zip(tensors(state), zeros, strict=True))
 
 
 @every_case
@@ -211,7 +211,7 @@ def test_compiles_whole(case, documents):
     mixer, x = build(case, torch.float32), torch.randn(2, 6, D, requires_grad=True)
     given = {"reset": torch.rand(2, 6) < 0.3, "lengths": torch.tensor([6, 2])} if documents else {}
     state = mixer(torch.randn(2, 3, D))[1] if documents else None
-    state = type(state)(*(t.detach() for t in state)) if state else None
+    state = map_tensors(torch.detach, state)
     compiled = torch.compile(mixer, fullgraph=True, backend="aot_eager")
     results = [forward(x, state, **given) for forward in (mixer, compiled)]
     for (y, _), (z, _) in [results]:
@@ -240,7 +240,7 @@ def test_bfloat16_autocast(case):
         fresh = mixer.init_state(2, length=L)
         steps = torch.stack([mixer.step(x[:, t].detach(), fresh) for t in range(L)], 1)
         assert held(fresh) == 2 * mixer.state_bytes(L)
-    assert [t.dtype for t in fresh] == [t.dtype for t in state]
+    assert [t.dtype for t in tensors(fresh)] == [t.dtype for t in tensors(state)]
     scale = exact.abs().max().item()
     torch.testing.assert_close(y.float(), exact, atol=0.05 * scale, rtol=0)
     torch.testing.assert_close(steps.float(), exact, atol=0.05 * scale, rtol=0)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from longwave.config import to_dict
 from longwave.errors import LongwaveError
+from longwave.mixers.nested import map_named, map_tensors, named_tensors, reserve
 from longwave.models.saving import Stored, check_shapes, open_safetensors, write_safetensors
 
 
@@ -28,7 +29,8 @@ class Stateful(Protocol):
 class State(NamedTuple):
     """The state of b sequences. A value: nothing here changes it, only `model.step` does.
 
-    `layers`: for each residual slot its mixer's state, a NamedTuple of tensors, batch first; None for a channel mixer.
+    `layers`: for each residual slot its mixer's state, a NamedTuple of tensors, batch first, or of the states of its
+    parts; None for a channel mixer.
     `position` (b,) int64: tokens seen. `fingerprint`: the model it belongs to.
     """
 
@@ -55,10 +57,7 @@ class State(NamedTuple):
 
     def reserve(self, n: int) -> "State":
         """A copy with room for exactly `n` more tokens, in the layers whose state grows (attention)."""
-        layers = (
-            layer.reserve(n) if hasattr(layer, "reserve") else _map_layer(torch.clone, layer) for layer in self.layers
-        )
-        return State(tuple(layers), self.position.clone(), self.fingerprint)
+        return State(reserve(self.layers, n), self.position.clone(), self.fingerprint)
 
     @property
     def nbytes(self) -> int:
@@ -97,8 +96,7 @@ class State(NamedTuple):
         return _read(expected, stored, counters, next(model.parameters()).device, str(path))
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> "State":
-        layers = tuple(_map_layer(change, layer) for layer in self.layers)
-        return State(layers, change(self.position), self.fingerprint)
+        return State(map_tensors(change, self.layers), change(self.position), self.fingerprint)
 
 
 def fingerprint(config: Any, model: nn.Module) -> str:
@@ -114,17 +112,9 @@ def fingerprint(config: Any, model: nn.Module) -> str:
     return f"{counts}, d_model {settings['d_model']} ({digest})"
 
 
-def _map_layer(change: Callable[[Tensor], Tensor], layer: Any) -> Any:
-    return None if layer is None else type(layer)(*map(change, layer))
-
-
 def _tensors(state: State) -> dict[str, Tensor]:
     """All tensors by name, such as 'layers.3.ssm'."""
-    named = {"position": state.position}
-    for i, layer in enumerate(state.layers):
-        if layer is not None:
-            named |= {f"layers.{i}.{field}": getattr(layer, field) for field in layer._fields}
-    return named
+    return {"position": state.position, **named_tensors(state.layers, "layers")}
 
 
 def _read_counters(header: Mapping[str, str], path: str | Path) -> dict[str, list[int]]:
@@ -149,10 +139,5 @@ def _read(
         tensor = stored[name].read()
         return torch.empty(tensor.shape, dtype=like.dtype, device=device).copy_(tensor)
 
-    layers = tuple(
-        layer
-        if layer is None
-        else type(layer)(*(read(f"layers.{i}.{field}", getattr(layer, field)) for field in layer._fields))
-        for i, layer in enumerate(expected.layers)
-    )
+    layers = map_named(read, expected.layers, "layers")
     return State(layers, read("position", expected.position), expected.fingerprint)
