@@ -11,6 +11,7 @@ from torch.nn.functional import dropout, layer_norm
 from longwave.config import nearest
 from longwave.errors import UsageError
 from longwave.mixers import CHANNELS, MIXERS
+from longwave.mixers.base import reset_children
 from longwave.mixers.norm import RMSNorm
 from longwave.models.state import State
 
@@ -32,44 +33,87 @@ class LayerNorm(nn.LayerNorm):
 NORMS = {"rms": RMSNorm, "layer": LayerNorm}
 
 
-class Block(nn.Module):
-    """x + mixer(norm(x)), the mixer being a mixer or a channel mixer (prenorm: Xiong et al. 2020, arXiv:2002.04745).
+NORM_POSITIONS = ("pre", "post", "res_post", "sandwich")
 
-    `config` is that of the mixer, `norm` "rms" or "layer". x may be float32 beside 16-bit weights: the mixer is given
-    the weights' dtype, and the sum has x's.
+
+class Block(nn.Module):
+    """A residual slot around a mixer or a channel mixer, with a = residual_multiplier and, by norm_position,
+
+        pre        x + a mixer(norm(x))               Xiong et al. 2020, arXiv:2002.04745; GPT-2, Mamba
+        post       norm(x + a mixer(x))               Vaswani et al. 2017, arXiv:1706.03762; S5
+        res_post   x + a norm(mixer(x))               Liu et al. 2022, arXiv:2111.09883; OLMo 2
+        sandwich   x + a norm_out(mixer(norm(x)))     Ding et al. 2021, arXiv:2105.13290; Gemma 2
+
+    `config` is that of the mixer, `norm` a key of NORMS. x may be float32 beside 16-bit weights: the mixer is given the
+    weights' dtype, and the sum has x's. Parameters: norm, mixer and, in a sandwich, norm_out.
     """
 
-    def __init__(self, d_model: int, config: Any, *, norm: str = "rms", norm_eps: float = 1e-5):
+    def __init__(
+        self,
+        d_model: int,
+        config: Any,
+        *,
+        norm: str = "rms",
+        norm_eps: float = 1e-5,
+        norm_position: str = "pre",
+        residual_multiplier: float = 1.0,
+    ):
         super().__init__()
         self.carries_state = config.kind in MIXERS
+        self.norm_position, self.residual_multiplier = norm_position, residual_multiplier
         self.norm = NORMS[norm](d_model, eps=norm_eps)
         self.mixer = LAYERS[config.kind](d_model, config)
+        self.norm_out = NORMS[norm](d_model, eps=norm_eps) if norm_position == "sandwich" else None
 
     def forward(
-        self, x: Tensor, state: Any = None, *, reset: Tensor | None = None, lengths: Tensor | None = None
+        self,
+        x: Tensor,
+        state: Any = None,
+        *,
+        reset: Tensor | None = None,
+        lengths: Tensor | None = None,
+        dt: Tensor | float | None = None,
     ) -> tuple[Tensor, Any]:
-        """x (b, l, d) -> the same shape, and the mixer's state after it, None for a channel mixer."""
-        inner = self.norm(x).to(self.norm.weight.dtype)
-        if not self.carries_state:
-            return x + self.mixer(inner), None
-        y, state = self.mixer(inner, state, reset=reset, lengths=lengths)
-        return x + y, state
+        """x (b, l, d) -> the same shape, and the mixer's state after it, None for a channel mixer.
 
-    def step(self, x: Tensor, state: Any) -> Tensor:
+        `dt`, where it is given, goes to the mixer, which must have a rate (lti, s4, s4d, s5).
+        """
+        if not self.carries_state:
+            return self._join(x, self.mixer(self._enter(x))), None
+        rate = {} if dt is None else {"dt": dt}
+        y, state = self.mixer(self._enter(x), state, reset=reset, lengths=lengths, **rate)
+        return self._join(x, y), state
+
+    def step(self, x: Tensor, state: Any, dt: Tensor | float | None = None) -> Tensor:
         """x (b, d) -> the same shape; the mixer's state is updated in place."""
-        inner = self.norm(x).to(self.norm.weight.dtype)
-        return x + (self.mixer.step(inner, state) if self.carries_state else self.mixer(inner))
+        if not self.carries_state:
+            return self._join(x, self.mixer(self._enter(x)))
+        rate = {} if dt is None else {"dt": dt}
+        return self._join(x, self.mixer.step(self._enter(x), state, **rate))
+
+    def _enter(self, x: Tensor) -> Tensor:
+        """What the mixer is given of the residual stream."""
+        inner = self.norm(x) if self.norm_position in ("pre", "sandwich") else x
+        return inner.to(self.norm.weight.dtype)
+
+    def _join(self, x: Tensor, y: Tensor) -> Tensor:
+        """The residual stream once the mixer has given y."""
+        if self.norm_position == "res_post":
+            y = self.norm(y)
+        elif self.norm_out is not None:
+            y = self.norm_out(y)
+        x = x + (y if self.residual_multiplier == 1 else self.residual_multiplier * y)
+        return self.norm(x) if self.norm_position == "post" else x
 
     def reset_parameters(self) -> None:
-        self.norm.reset_parameters()
-        self.mixer.reset_parameters()
+        reset_children(self)
 
     @torch.no_grad()
     def scale_output(self, factor: float) -> None:
         """Multiply the weights that write into the residual stream by `factor`."""
-        for name, child in self.mixer.named_children():
-            if name in OUTPUTS:
-                child.weight.mul_(factor)
+        for name, child in self.mixer.named_modules():
+            if name.rpartition(".")[2] in OUTPUTS:
+                child.weight.mul_(factor)  # pyright: ignore[reportCallIssue, reportArgumentType]
 
 
 class Stack(nn.ModuleList):
@@ -89,7 +133,13 @@ class Stack(nn.ModuleList):
         return super().__iter__()  # pyright: ignore[reportReturnType]
 
     def forward(
-        self, x: Tensor, state: State | None = None, *, reset: Tensor | None = None, lengths: Tensor | None = None
+        self,
+        x: Tensor,
+        state: State | None = None,
+        *,
+        reset: Tensor | None = None,
+        lengths: Tensor | None = None,
+        dt: Tensor | float | None = None,
     ) -> tuple[Tensor, State]:
         """x (b, l, d) -> the same shape, and the state after it. Raises ValueError for a state of another model."""
         b, l, _ = x.shape
@@ -103,14 +153,14 @@ class Stack(nn.ModuleList):
         for i, (block, layer) in enumerate(zip(self, before, strict=True)):
             if i and self.dropout:
                 x = dropout(x, self.dropout, self.training)
-            x, layer = block(x, layer, reset=reset, lengths=lengths)
+            x, layer = block(x, layer, reset=reset, lengths=lengths, dt=dt)
             after.append(layer)
         return x, State(tuple(after), position + (l if lengths is None else lengths), self.fingerprint)
 
-    def step(self, x: Tensor, state: State) -> Tensor:
+    def step(self, x: Tensor, state: State, dt: Tensor | float | None = None) -> Tensor:
         """x (b, d) -> the same shape; `state` is updated in place."""
         for block, layer in zip(self, state.layers, strict=True):
-            x = block.step(x, layer)
+            x = block.step(x, layer, dt)
         state.position.add_(1)
         return x
 

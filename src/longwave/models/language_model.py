@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from longwave.config import from_dict, to_dict
 from longwave.errors import LongwaveError, UsageError
 from longwave.mixers.linear import Linear
-from longwave.models.blocks import NORMS, Block, Stack, check_layers, layer_configs
+from longwave.models.blocks import NORM_POSITIONS, NORMS, Block, Stack, check_layers, layer_configs
 from longwave.models.loss import linear_cross_entropy
 from longwave.models.saving import fill, open_safetensors, write_safetensors, write_text
 from longwave.models.state import State, fingerprint
@@ -21,6 +21,8 @@ class LanguageModel(nn.Module):
     """Embedding, residual slots, norm, head:
 
         x = W_e[token];  x = x + layer_i(norm_i(x)) for each layer;  logits = W_head norm_f(x)
+
+    with the embedding, what each layer adds, and the logits times the configuration's multipliers.
 
     Parameters: embedding, layers.i.norm, layers.i.mixer, norm_f, lm_head (the embedding's own weight when tied), as in
     the published Mamba checkpoints. Initialised as there and in GPT-2 (Radford et al. 2019, section 2.3): embeddings
@@ -32,6 +34,7 @@ class LanguageModel(nn.Module):
     class Config:
         """`layers`: one configuration per residual slot; a block of a mixer and an MLP is two of them.
 
+        `norm_position`: where a slot's norm lies, as `Block` has it; there is a norm before the head in any case.
         `residual_fp32` keeps the residual sum in float32 beside 16-bit weights. (Under autocast it is float32 anyway.)
         """
 
@@ -41,9 +44,13 @@ class LanguageModel(nn.Module):
         layers: tuple[Any, ...]
         norm: Literal["rms", "layer"] = "rms"
         norm_eps: float = 1e-5
+        norm_position: Literal["pre", "post", "res_post", "sandwich"] = "pre"
         tie_embeddings: bool = True
         residual_fp32: bool = False
         init_std: float = 0.02
+        embedding_multiplier: float = 1.0
+        residual_multiplier: float = 1.0
+        logits_multiplier: float = 1.0
 
         def __post_init__(self):
             if self.vocab_size < 1 or self.d_model < 1:
@@ -51,8 +58,10 @@ class LanguageModel(nn.Module):
                     "language_model: vocab_size and d_model must be at least 1, "
                     f"got {self.vocab_size} and {self.d_model}"
                 )
-            if self.norm not in NORMS:
-                raise UsageError(f"language_model: norm must be 'rms' or 'layer', got {self.norm!r}")
+            for name, known in (("norm", tuple(NORMS)), ("norm_position", NORM_POSITIONS)):
+                if getattr(self, name) not in known:
+                    one_of = " or ".join(map(repr, known))
+                    raise UsageError(f"language_model: {name} must be {one_of}, got {getattr(self, name)!r}")
             check_layers(self.layers, "language_model")
 
         @classmethod
@@ -63,9 +72,8 @@ class LanguageModel(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
-        norm = {"norm": config.norm, "norm_eps": config.norm_eps}
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
-        self.layers = Stack(Block(config.d_model, layer, **norm) for layer in config.layers)
+        self.layers = Stack(_block(config, layer) for layer in config.layers)
         self.norm_f = NORMS[config.norm](config.d_model, eps=config.norm_eps)
         self.lm_head = Linear(config.d_model, config.vocab_size, bias=False)
         self._start_embedding()
@@ -121,7 +129,7 @@ class LanguageModel(nn.Module):
 
     def head(self, hidden: Tensor) -> Tensor:
         """hidden (..., d) -> logits (..., v)."""
-        return self.lm_head(hidden)
+        return self.lm_head(_times(self.config.logits_multiplier, hidden))
 
     def loss(
         self,
@@ -142,7 +150,7 @@ class LanguageModel(nn.Module):
         hidden, _ = self.hidden(tokens, state, reset=reset, lengths=lengths)
         return linear_cross_entropy(
             self.lm_head,
-            hidden,
+            _times(self.config.logits_multiplier, hidden),
             targets,
             vocab_size=self.config.vocab_size,
             ignore_index=ignore_index,
@@ -155,7 +163,7 @@ class LanguageModel(nn.Module):
 
         Layers whose state grows raise ValueError when it has no room: `state.reserve(n)` makes it.
         """
-        return self.lm_head(self._finish(self.layers.step(self._embed(tokens), state)))
+        return self.head(self._finish(self.layers.step(self._embed(tokens), state)))
 
     def init_state(
         self,
@@ -217,10 +225,26 @@ class LanguageModel(nn.Module):
 
     def _embed(self, tokens: Tensor) -> Tensor:
         x = self.embedding(tokens)
-        return x.to(torch.promote_types(x.dtype, torch.float32)) if self.config.residual_fp32 else x
+        x = x.to(torch.promote_types(x.dtype, torch.float32)) if self.config.residual_fp32 else x
+        return _times(self.config.embedding_multiplier, x)
 
     def _finish(self, x: Tensor) -> Tensor:
         return self.norm_f(x).to(self.norm_f.weight.dtype)
+
+
+def _block(config: LanguageModel.Config, layer: Any) -> Block:
+    return Block(
+        config.d_model,
+        layer,
+        norm=config.norm,
+        norm_eps=config.norm_eps,
+        norm_position=config.norm_position,
+        residual_multiplier=config.residual_multiplier,
+    )
+
+
+def _times(multiplier: float, x: Tensor) -> Tensor:
+    return x if multiplier == 1 else multiplier * x
 
 
 CONFIG = "config.json"
