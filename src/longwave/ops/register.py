@@ -1,7 +1,7 @@
 """Register an operator with torch: schema, fake kernel, and launchers that are imported when first called.
 
-PyTorch's dispatcher is the registry: CPU tensors go to the operator's `cpu.py`. What runs depends on the device and on
-`impl` alone.
+PyTorch's dispatcher is the registry: CPU tensors go to the operator's `cpu.py`, CUDA tensors to its `triton.py`. What
+runs depends on the device, on float64 (which GPU kernels leave to the reference) and on `impl` alone.
 """
 
 import functools
@@ -18,20 +18,26 @@ from longwave.errors import LongwaveError
 Impl = Literal["fused", "reference"]
 
 _library = torch.library.Library("longwave", "FRAGMENT")
-_KERNEL_DEVICES = ("cpu", "meta")
+_on_cuda: set[str] = set()
 
 
-def define(schema: str, *, fake: Callable[..., Any], cpu: str, step: bool = False) -> Callable[..., Any]:
+def define(
+    schema: str, *, fake: Callable[..., Any], cpu: str, cuda: str | None = None, step: bool = False
+) -> Callable[..., Any]:
     """Define `longwave::<schema>` and return the callable operator.
 
-    `cpu` is 'function' in the module `cpu` beside the caller's, written 'longwave.ops.<op>.cpu:function'. `fake` gives
-    empty outputs of the right shapes and dtypes, for tracing. `step`: a one-token operator, called so often that plain
-    CPU tensors go to its launcher directly: the dispatcher takes longer than some of these kernels.
+    `cpu` is 'function' in the module `cpu` beside the caller's, written 'longwave.ops.<op>.cpu:function', and `cuda`
+    likewise in `triton`. `fake` gives empty outputs of the right shapes and dtypes, for tracing. `step`: a one-token
+    operator, called so often that plain CPU tensors go to its launcher directly: the dispatcher takes longer than some
+    of these kernels.
     """
     name = schema.split("(", 1)[0]
     launch = _launcher(cpu)
     _library.define(schema)
     _library.impl(name, launch, "CPU")
+    if cuda is not None:
+        _library.impl(name, _launcher(cuda), "CUDA")
+        _on_cuda.add(name.removesuffix("_forward"))
     torch.library.register_fake(f"longwave::{name}", fake, lib=_library)
     operator = getattr(torch.ops.longwave, name).default
     return _past_the_dispatcher(operator, launch) if step else operator
@@ -71,23 +77,27 @@ def _launcher(path: str) -> Callable[..., Any]:
     return launch
 
 
-def use_kernel(op: str, impl: str, device: torch.device) -> bool:
-    """True when the registered kernel is to run, False for the reference.
+def use_kernel(op: str, impl: str, x: Tensor) -> bool:
+    """True when the registered kernel is to run on `x`, False for the reference.
 
-    Raises ValueError for an unknown `impl`. A device without kernels takes the reference and says so once.
+    Raises ValueError for an unknown `impl`. A device without kernels takes the reference and says so once; float64 on a
+    GPU, whose kernels compute in float32, takes it in silence.
     """
     if impl not in ("fused", "reference"):
         raise ValueError(f"{op}: impl must be 'fused' or 'reference', got {impl!r}")
-    if impl == "fused" and device.type not in _KERNEL_DEVICES:
-        if not torch.compiler.is_compiling():
-            _say_once(device.type)
-        return False
-    return impl == "fused"
+    device = x.device.type
+    if impl == "reference" or device in ("cpu", "meta"):
+        return impl == "fused"
+    if device == "cuda" and op in _on_cuda:
+        return x.dtype != torch.float64
+    if not torch.compiler.is_compiling():
+        _say_once(op, device)
+    return False
 
 
 @functools.cache
-def _say_once(device: str) -> None:
+def _say_once(op: str, device: str) -> None:
     warnings.warn(
-        f"longwave has no kernels for {device!r} yet: the reference runs there, correct but slow",
+        f"longwave has no {op} kernel for {device!r} yet: the reference runs there, correct but slow",
         stacklevel=4,
     )

@@ -34,7 +34,7 @@ def causal_conv1d(
     _check(weight, bias, activation, e)
     check_shape("causal_conv1d", "initial_state", initial_state, (b, weight.shape[1] - 1, e), "(b, w-1, e)")
     check_documents("causal_conv1d", reset, lengths, b, l)
-    if use_kernel("causal_conv1d", impl, x.device):
+    if use_kernel("causal_conv1d", impl, x):
         return _CausalConv1d.apply(x, weight, bias, activation == "silu", initial_state, reset, lengths)
     return reference.causal_conv1d(x, weight, bias, activation, initial_state, reset, lengths)
 
@@ -46,7 +46,7 @@ def causal_conv1d_step(
     b, e = x.shape
     _check(weight, bias, activation, e)
     check_shape("causal_conv1d_step", "state", state, (b, weight.shape[1] - 1, e), "(b, w-1, e)")
-    if use_kernel("causal_conv1d_step", "fused", x.device):
+    if use_kernel("causal_conv1d_step", "fused", x):
         return _step(state, x, weight, bias, activation == "silu")
     y, final = reference.causal_conv1d(x[:, None], weight, bias, activation, state, None, None)
     state.copy_(final)

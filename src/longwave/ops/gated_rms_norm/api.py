@@ -36,7 +36,7 @@ def gated_rms_norm(
     group_size = e if group_size is None else group_size
     if group_size < 1 or e % group_size:
         raise ValueError(f"gated_rms_norm: group_size must divide e = {e}, got {group_size}")
-    if use_kernel("gated_rms_norm", impl, x.device):
+    if use_kernel("gated_rms_norm", impl, x):
         if torch.is_grad_enabled():
             return _GatedRMSNorm.apply(x, weight, z, eps, group_size, norm_before_gate)
         return _forward(x, weight, z, eps, group_size, norm_before_gate)

@@ -20,7 +20,7 @@ def linear_step(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, impl: 
     check_shape("linear_step", "x", x, (x.shape[0], k), "(b, k)")
     check_shape("linear_step", "weight", weight, (n, k), "(n, k)")
     check_shape("linear_step", "bias", bias, (n,), "(n,)")
-    if use_kernel("linear_step", impl, x.device):
+    if use_kernel("linear_step", impl, x):
         return _forward(x, weight, bias)
     return reference.linear_step(x, weight, bias)
 

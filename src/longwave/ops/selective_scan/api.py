@@ -51,7 +51,7 @@ def selective_scan(
     _check("selective_scan", x, dt, A, B, C, D, z, dt_bias)
     check_shape("selective_scan", "initial_state", initial_state, (b, e, A.shape[1]), "(b, e, n)")
     check_documents("selective_scan", reset, lengths, b, l)
-    if not use_kernel("selective_scan", impl, x.device):
+    if not use_kernel("selective_scan", impl, x):
         return reference.selective_scan(x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, reset, lengths)
     arguments = (x, dt, A, B, C, D, z, dt_bias, initial_state, reset, lengths, dt_softplus)
     if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in arguments):
@@ -84,7 +84,7 @@ def selective_scan_step(
         raise TypeError(
             f"selective_scan_step: state must be {state_dtype(x.dtype)} for x in {x.dtype}, got {state.dtype}"
         )
-    if use_kernel("selective_scan_step", "fused", x.device):
+    if use_kernel("selective_scan_step", "fused", x):
         return _step(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, log_A)
     with torch.no_grad():
         x, dt, B, C = (t[:, None] for t in (x, dt, B, C))

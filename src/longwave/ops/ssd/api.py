@@ -52,7 +52,7 @@ def ssd(
     if chunk_len is not None and chunk_len < 1:
         raise ValueError(f"ssd: chunk_len must be at least 1, got {chunk_len}; None leaves it to the device")
     low, high = dt_limit
-    if use_kernel("ssd", impl, x.device):
+    if use_kernel("ssd", impl, x):
         return _SSD.apply(x, dt, A, B, C, D, dt_bias, initial_state, reset, lengths, dt_softplus, low, high, chunk_len)
     return reference.ssd(x, dt, A, B, C, D, dt_bias, dt_softplus, dt_limit, initial_state, reset, lengths)
 
@@ -80,7 +80,7 @@ def ssd_step(
     check_shape("ssd_step", "state", state, (b, h, p, B.shape[-1]), "(b, h, p, n)")
     if state.dtype != state_dtype(x.dtype):
         raise TypeError(f"ssd_step: state must be {state_dtype(x.dtype)} for x in {x.dtype}, got {state.dtype}")
-    if use_kernel("ssd_step", "fused", x.device):
+    if use_kernel("ssd_step", "fused", x):
         return _step(state, x, dt, A, B, C, D, dt_bias, dt_softplus, *dt_limit)
     x, dt, B, C = (t.unsqueeze(1) for t in (x, dt, B, C))
     y, final = reference.ssd(x, dt, A, B, C, D, dt_bias, dt_softplus, dt_limit, state, None, None)
