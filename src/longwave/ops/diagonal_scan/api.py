@@ -1,0 +1,115 @@
+"""Public functions of the diagonal scan, and their registration."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from longwave.ops.checks import check_documents, check_shape, state_dtype
+from longwave.ops.diagonal_scan import reference
+from longwave.ops.register import Impl, use_kernel
+
+Method = Literal["zoh", "bilinear", "euler", "dirac"]
+METHODS = ("zoh", "bilinear", "euler", "dirac")
+
+
+def diagonal_scan(
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor | None = None,
+    C: Tensor | None = None,
+    *,
+    D: Tensor | None = None,
+    method: Method = "zoh",
+    initial_state: Tensor | None = None,
+    reset: Tensor | None = None,
+    lengths: Tensor | None = None,
+    impl: Impl = "fused",
+) -> tuple[Tensor, Tensor]:
+    """A diagonal complex linear recurrence with a step size for every token: S4D and S5 in their recurrent view.
+
+        h_t = Abar(dt_t) h_{t-1} + Bbar(dt_t) u_t
+
+    dt (b, l, e); A (e, n, 2), pairs of real and imaginary part, as are all complex numbers here. Two forms:
+
+    - with B and C (e, n, 2): u (b, l, e) is real, and y_t = 2 Re sum_n C h_t + D u_t, (b, l, e). A mode stands for
+      itself and its conjugate. D (e,) or None. The states are never in memory together.
+    - without: u (b, l, e, n, 2) enters as if B were 1, and y is the states, (b, l, e, n, 2).
+
+    `method`, with z = dt A:
+
+        zoh        Abar = exp(z)                    Bbar = (exp(z) - 1) / A  B      u is held during the step
+        bilinear   Abar = (1 + z/2) / (1 - z/2)     Bbar = dt / (1 - z/2)  B
+        euler      Abar = 1 + z                     Bbar = dt B
+        dirac      Abar = exp(z)                    Bbar = B                        u is a pulse at the step's end
+
+    So "dirac" is for events, and for inputs that are discretised already. Where dt repeats from one token to the next,
+    Abar and Bbar are computed once.
+
+    `initial_state` (b, e, n, 2), zeros if None. `reset` (b, l) bool: True starts a document; no earlier token and not
+    the initial state reach it. `lengths` (b,) int64: tokens from lengths[i] on leave row i's state alone and give y = 0.
+
+    Returns y in u's dtype and the final state (b, e, n, 2) in float32 (float64 for float64), both differentiable, once,
+    in all floating-point arguments. All arithmetic is float32 at least; parameters may be float32 beside 16-bit
+    activations. Strided views are accepted. Raises ValueError or TypeError for shapes and dtypes that do not fit.
+
+    Source: Gu et al. 2022, arXiv:2206.11893 (S4D), section 2; Smith et al. 2023, arXiv:2208.04933 (S5), section 3.
+    """
+    b, l = u.shape[:2]
+    _check("diagonal_scan", u, dt, A, B, C, D, method)
+    check_shape("diagonal_scan", "initial_state", initial_state, (b, *A.shape), "(b, e, n, 2)")
+    check_documents("diagonal_scan", reset, lengths, b, l)
+    use_kernel("diagonal_scan", impl, u)
+    return reference.diagonal_scan(u, dt, A, B, C, D, method, initial_state, reset, lengths)
+
+
+def diagonal_scan_step(
+    state: Tensor,
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor | None = None,
+    C: Tensor | None = None,
+    *,
+    D: Tensor | None = None,
+    method: Method = "zoh",
+) -> Tensor:
+    """One token of `diagonal_scan`: u (b, e) or (b, e, n, 2), dt (b, e) -> y as u, in its dtype.
+
+    `state` (b, e, n, 2), in float32 (float64 for float64), is updated in place. No gradient. Raises as `diagonal_scan`
+    does.
+    """
+    _check("diagonal_scan_step", u[:, None], dt[:, None], A, B, C, D, method)
+    check_shape("diagonal_scan_step", "state", state, (u.shape[0], *A.shape), "(b, e, n, 2)")
+    if state.dtype != state_dtype(u.dtype):
+        raise TypeError(
+            f"diagonal_scan_step: state must be {state_dtype(u.dtype)} for u in {u.dtype}, got {state.dtype}"
+        )
+    with torch.no_grad():
+        y, final = reference.diagonal_scan(u[:, None], dt[:, None], A, B, C, D, method, state, None, None)
+        state.copy_(final)
+        return y[:, 0]
+
+
+def _check(op, u, dt, A, B, C, D, method) -> None:
+    if A.ndim != 3 or A.shape[-1] != 2:
+        raise ValueError(f"{op}: A must be (e, n, 2), got {tuple(A.shape)}; see torch.view_as_real")
+    if (B is None) != (C is None):
+        raise ValueError(f"{op}: B and C go together, got only {'C' if B is None else 'B'}")
+    if B is None and D is not None:
+        raise ValueError(f"{op}: without B and C the states come out, to which D cannot be added")
+    if method not in METHODS:
+        raise ValueError(f"{op}: method must be one of {', '.join(METHODS)}, got {method!r}")
+    b, l, e, n = *u.shape[:2], *A.shape[:2]
+    if B is None:
+        check_shape(op, "u", u, (b, l, e, n, 2), "(b, l, e, n, 2) without B and C")
+    else:
+        check_shape(op, "u", u, (b, l, e), "(b, l, e)")
+    check_shape(op, "dt", dt, (b, l, e), "(b, l, e)")
+    check_shape(op, "B", B, (e, n, 2), "(e, n, 2)")
+    check_shape(op, "C", C, (e, n, 2), "(e, n, 2)")
+    check_shape(op, "D", D, (e,), "(e,)")
+    for name, tensor in (("u", u), ("dt", dt), ("A", A), ("B", B), ("C", C), ("D", D)):
+        if tensor is not None and not tensor.is_floating_point():
+            raise TypeError(f"{op}: {name} must be floating point, got {tensor.dtype}; see torch.view_as_real")
