@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from longwave.mixers import MIXERS
+from longwave.mixers import MIXERS, Attention, Mamba, Mamba2
 from longwave.mixers.nested import map_tensors, reserve, tensors
 
 D = 16
@@ -32,6 +32,15 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "lstm-projected": ("lstm", {"d_hidden": 12, "bias": False}),
     "gru": ("gru", {}),
     "gru-projected": ("gru", {"d_hidden": 20}),
+    "parallel": ("parallel", {"mixers": (Mamba2.Config(**SMALL), Attention.Config(n_heads=2, window=5))}),
+    "parallel-factors": (
+        "parallel",
+        {
+            "mixers": (Mamba.Config(d_state=4), Mamba2.Config(**SMALL), Attention.Config(n_heads=2)),
+            "in_multipliers": (0.5, 1.0, 2.0),
+            "out_multipliers": (1.0, -0.5, 1.5),
+        },
+    ),
 }
 PLAIN = [name for name in CASES if name in MIXERS] + ["attention-window"]
 

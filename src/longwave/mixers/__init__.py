@@ -4,6 +4,7 @@ from longwave.mixers.attention import Attention
 from longwave.mixers.channel import MLP, SwiGLU
 from longwave.mixers.mamba import Mamba
 from longwave.mixers.mamba2 import Mamba2
+from longwave.mixers.parallel import Parallel
 from longwave.mixers.rnn import GRU, LSTM
 
 MIXERS: dict[str, type] = {
@@ -12,6 +13,7 @@ MIXERS: dict[str, type] = {
     "attention": Attention,
     "lstm": LSTM,
     "gru": GRU,
+    "parallel": Parallel,
 }
 CHANNELS: dict[str, type] = {
     "mlp": MLP,

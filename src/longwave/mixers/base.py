@@ -97,6 +97,11 @@ def check_positive(config: Any, *names: str) -> None:
             raise UsageError(f"{config.kind}: {name} must be at least 1, got {value}")
 
 
+def scaled(x: Tensor, factor: float) -> Tensor:
+    """factor x; x itself where the factor is 1."""
+    return x if factor == 1 else x * factor
+
+
 def reset_children(module: nn.Module) -> None:
     """Draw the parameters of the layers inside `module` anew, by their own rules."""
     for child in module.children():
