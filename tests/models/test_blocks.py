@@ -89,7 +89,7 @@ def test_the_loss_in_parts_honours_the_logits_multiplier(build, tokens, reductio
     def in_parts(*args, **options):
         return linear_cross_entropy(*args, **options, max_logits=61 * 5)
 
-    monkeypatch.setattr("longwave.models.language_model.linear_cross_entropy", in_parts)
+    monkeypatch.setattr("longwave.models.token_model.linear_cross_entropy", in_parts)
     loss = model.loss(tokens, tokens, reduction=reduction)
     assert_close(loss, expected)
     weights = list(model.parameters())

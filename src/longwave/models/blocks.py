@@ -129,6 +129,11 @@ class Stack(nn.ModuleList):
         self.fingerprint = ""
         self._scale_outputs()
 
+    @property
+    def causal(self) -> bool:
+        """Whether each token sees only those before it, so that there is a state to go on from."""
+        return True
+
     def __iter__(self) -> Iterator[Block]:
         return super().__iter__()  # pyright: ignore[reportReturnType]
 

@@ -1,23 +1,20 @@
 """A language model: tokens in, the next token's logits out, any pattern of layers between."""
 
-import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from longwave.config import from_dict, to_dict
-from longwave.errors import LongwaveError, UsageError
+from longwave.config import from_dict
+from longwave.errors import UsageError
 from longwave.mixers.linear import Linear
 from longwave.models.blocks import NORM_POSITIONS, NORMS, Block, Stack, check_layers, layer_configs
-from longwave.models.loss import linear_cross_entropy
-from longwave.models.saving import fill, open_safetensors, write_safetensors, write_text
-from longwave.models.state import State, fingerprint
+from longwave.models.state import fingerprint
+from longwave.models.token_model import TokenModel
 
 
-class LanguageModel(nn.Module):
+class LanguageModel(TokenModel):
     """Embedding, residual slots, norm, head:
 
         x = W_e[token];  x = x + layer_i(norm_i(x)) for each layer;  logits = W_head norm_f(x)
@@ -79,11 +76,6 @@ class LanguageModel(nn.Module):
         self._start_embedding()
         self.layers.fingerprint = fingerprint(config, self)
 
-    @property
-    def fingerprint(self) -> str:
-        """Names the configuration and the shapes of the parameters; states carry it."""
-        return self.layers.fingerprint
-
     def reset_parameters(self) -> None:
         """Draw all parameters anew. Follows `to_empty` on a model made on the meta device."""
         for child in (self.lm_head, self.layers, self.norm_f):
@@ -95,141 +87,16 @@ class LanguageModel(nn.Module):
         if self.config.tie_embeddings:  # `to_empty` cuts the tie
             self.lm_head.weight = self.embedding.weight
 
-    def forward(
-        self,
-        tokens: Tensor,
-        state: State | None = None,
-        *,
-        reset: Tensor | None = None,
-        lengths: Tensor | None = None,
-    ) -> tuple[Tensor, State]:
-        """tokens (b, l) int64 -> logits (b, l, v) in the weights' dtype, and the state after them.
-
-        `state=None` is a fresh sequence; a state given is left as it was. `reset` (b, l) bool: True starts a document,
-        which sees nothing before it. `lengths` (b,) int64 in 0..l: tokens from lengths[i] on are padding, which changes
-        nothing in row i's state and has meaningless logits. Raises ValueError for shapes that do not fit and for a
-        state of another model.
-        """
-        hidden, after = self.hidden(tokens, state, reset=reset, lengths=lengths)
-        return self.head(hidden), after
-
-    def hidden(
-        self,
-        tokens: Tensor,
-        state: State | None = None,
-        *,
-        reset: Tensor | None = None,
-        lengths: Tensor | None = None,
-    ) -> tuple[Tensor, State]:
-        """As `forward`, but (b, l, d) before the head."""
-        if tokens.ndim != 2:
-            raise ValueError(f"tokens must be (b, l), got {tuple(tokens.shape)}; one sequence is tokens[None]")
-        x, after = self.layers(self._embed(tokens), state, reset=reset, lengths=lengths)
-        return self._finish(x), after
-
-    def head(self, hidden: Tensor) -> Tensor:
-        """hidden (..., d) -> logits (..., v)."""
-        return self.lm_head(_times(self.config.logits_multiplier, hidden))
-
-    def loss(
-        self,
-        tokens: Tensor,
-        targets: Tensor,
-        *,
-        state: State | None = None,
-        reset: Tensor | None = None,
-        lengths: Tensor | None = None,
-        ignore_index: int = -100,
-        reduction: str = "mean",
-    ) -> Tensor:
-        """Cross entropy in nats of targets (b, l) int64 after tokens (b, l), never holding all logits.
-
-        A scalar, or (b, l) for reduction "none". Targets equal to `ignore_index` count nothing. Padding is not ignored
-        by itself: give it that target.
-        """
-        hidden, _ = self.hidden(tokens, state, reset=reset, lengths=lengths)
-        return linear_cross_entropy(
-            self.lm_head,
-            _times(self.config.logits_multiplier, hidden),
-            targets,
-            vocab_size=self.config.vocab_size,
-            ignore_index=ignore_index,
-            reduction=reduction,
-        )
-
-    @torch.no_grad()
-    def step(self, tokens: Tensor, state: State) -> Tensor:
-        """One token per row: tokens (b,) -> logits (b, v). `state` is updated in place. No gradient.
-
-        Layers whose state grows raise ValueError when it has no room: `state.reserve(n)` makes it.
-        """
-        return self.head(self._finish(self.layers.step(self._embed(tokens), state)))
-
-    def init_state(
-        self,
-        b: int,
-        *,
-        length: int = 0,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-    ) -> State:
-        """The state of `b` fresh sequences, with room for `length` tokens. `dtype`: the compute dtype."""
-        return self.layers.init_state(b, length, dtype, device or self.embedding.weight.device)
-
-    def state_bytes(self, length: int, dtype: torch.dtype | None = None) -> int:
-        """Bytes of the state of one sequence that has seen `length` tokens, int64 counters left out."""
-        return self.layers.state_bytes(length, dtype)
-
-    def flops(self, length: int) -> int:
-        """Forward operations on one sequence of `length` tokens, a multiply-add being two; norms are not counted."""
-        return self.layers.flops(length) + 2 * length * self.config.d_model * self.config.vocab_size
-
-    def parameter_count(self) -> int:
-        """Numbers in all parameters, tied ones counted once."""
-        return sum(parameter.numel() for parameter in self.parameters())
-
-    def save(self, folder: str | Path) -> None:
-        """Write config.json and model.safetensors into `folder`, made if need be; each is replaced whole or not at all.
-
-        Raises LongwaveError when they cannot be written.
-        """
-        folder = Path(folder)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise LongwaveError(f"cannot make the folder {folder}: {error.strerror}; name another") from error
-        write_safetensors(folder / WEIGHTS, dict(self.named_parameters()), {"format": "pt"})
-        write_text(folder / CONFIG, json.dumps(to_dict(self.config), indent=1) + "\n")
-
-    @staticmethod
-    def load(folder: str | Path, *, device: torch.device | str = "cpu") -> "LanguageModel":
-        """The model that `save` wrote, on `device`, in the dtypes it was saved in.
-
-        Raises UsageError for a folder without config.json or with an unknown key in it, and LongwaveError for damaged
-        files and for tensors that are missing, extra or of another shape, naming ten of them.
-        """
-        file = Path(folder) / CONFIG
-        try:
-            settings = json.loads(file.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise UsageError(
-                f"cannot read {file}: {error.strerror}; give a folder that model.save has written"
-            ) from error
-        except ValueError as error:
-            raise LongwaveError(f"{file} is not JSON ({error}); copy the folder again") from error
-        with torch.device("meta"):
-            model = LanguageModel(LanguageModel.Config.from_dict(settings))
-        stored, _ = open_safetensors(Path(folder) / WEIGHTS)
-        fill(model, stored, str(Path(folder) / WEIGHTS), device)
-        return model
-
     def _embed(self, tokens: Tensor) -> Tensor:
         x = self.embedding(tokens)
         x = x.to(torch.promote_types(x.dtype, torch.float32)) if self.config.residual_fp32 else x
         return _times(self.config.embedding_multiplier, x)
 
     def _finish(self, x: Tensor) -> Tensor:
-        return self.norm_f(x).to(self.norm_f.weight.dtype)
+        return self.norm_f(x).to(self.embedding.weight.dtype)
+
+    def _to_head(self, hidden: Tensor) -> Tensor:
+        return _times(self.config.logits_multiplier, hidden)
 
 
 def _block(config: LanguageModel.Config, layer: Any) -> Block:
@@ -245,7 +112,3 @@ def _block(config: LanguageModel.Config, layer: Any) -> Block:
 
 def _times(multiplier: float, x: Tensor) -> Tensor:
     return x if multiplier == 1 else multiplier * x
-
-
-CONFIG = "config.json"
-WEIGHTS = "model.safetensors"

@@ -1,18 +1,24 @@
 """Files of tensors: safetensors, written whole or not at all, and read with every name and shape checked first."""
 
 import contextlib
+import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from longwave.errors import LongwaveError
+from longwave.config import to_dict
+from longwave.errors import LongwaveError, UsageError
 
+Model = TypeVar("Model", bound=nn.Module)
+
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
 SHOWN = 10  # tensors named in an error before the rest is only counted
 
 
@@ -111,6 +117,45 @@ def fill(model: nn.Module, stored: Mapping[str, Stored], where: str, device: tor
     for name, old in list(model.named_parameters(remove_duplicate=False)):
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, fresh[old])
+
+
+def save_model(model: nn.Module, folder: str | Path) -> None:
+    """Write model.config and the parameters into `folder`, made if need be; each file is replaced whole or not at all.
+
+    Raises LongwaveError when they cannot be written.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise LongwaveError(f"cannot make the folder {folder}: {error.strerror}; name another") from error
+    write_safetensors(folder / WEIGHTS, dict(model.named_parameters()), {"format": "pt"})
+    write_text(folder / CONFIG, json.dumps(to_dict(model.config), indent=1) + "\n")
+
+
+def load_model(build: Callable[[Any], Model], folder: str | Path, device: torch.device | str) -> Model:
+    """build(settings of config.json) with the parameters that `save_model` wrote, on `device`, in their dtypes.
+
+    Raises UsageError for a folder without config.json, LongwaveError for damaged files and, as `check_shapes`, for
+    tensors that do not fit.
+    """
+    settings = read_settings(folder)
+    with torch.device("meta"):
+        model = build(settings)
+    stored, _ = open_safetensors(Path(folder) / WEIGHTS)
+    fill(model, stored, str(Path(folder) / WEIGHTS), device)
+    return model
+
+
+def read_settings(folder: str | Path) -> Any:
+    """What config.json holds. Raises UsageError where there is none, LongwaveError where it is not JSON."""
+    file = Path(folder) / CONFIG
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"cannot read {file}: {error.strerror}; give a folder that model.save has written") from error
+    except ValueError as error:
+        raise LongwaveError(f"{file} is not JSON ({error}); copy the folder again") from error
 
 
 def first_line(error: Exception) -> str:
