@@ -20,11 +20,12 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "mamba2",
         SMALL | {"dt_limit": (0.01, 0.05), "D_per_channel": True, "norm_before_gate": True, "conv_bias": False},
     ),
+    "mamba2-without-norm": ("mamba2", SMALL | {"norm": False, "in_multipliers": (0.5, 2.0, 3.0, 0.7, 1.5)}),
     "attention": ("attention", {"n_heads": 2}),
     "attention-grouped": ("attention", {"n_heads": 4, "n_kv_heads": 2, "d_head": 8, "rotary": 0.5, "qkv_bias": True}),
     "attention-multi-query": (
         "attention",
-        {"n_heads": 4, "n_kv_heads": 1, "rotary": 0.0, "scale": 0.3, "out_bias": True},
+        {"n_heads": 4, "n_kv_heads": 1, "rotary": 0.0, "scale": 0.3, "out_bias": True, "key_multiplier": 2.0},
     ),
     "attention-window": ("attention", {"n_heads": 2, "window": 5, "rotary_base": 500.0}),
     "attention-window-1": ("attention", {"n_heads": 2, "n_kv_heads": 1, "window": 1}),

@@ -29,7 +29,7 @@ def softmax_attention(m, x, reset):
     q = m.q_proj(x).view(b, l, h, p)
     k = m.k_proj(x).view(b, l, h_kv, p)
     v = m.v_proj(x).view(b, l, h_kv, p)
-    scale = m.config.scale or 1 / math.sqrt(p)
+    scale = m.config.key_multiplier * (m.config.scale or 1 / math.sqrt(p))
     y = torch.zeros(b, l, h, p, dtype=x.dtype)
     for i in range(b):
         for t in range(l):
@@ -58,7 +58,7 @@ def turned(x, position, r, base):
         {"n_heads": 2},
         {"n_heads": 3, "rotary": 0.0, "out_bias": True, "qkv_bias": True},
         {"n_heads": 4, "n_kv_heads": 2, "d_head": 8, "rotary": 0.25, "rotary_base": 100.0},
-        {"n_heads": 4, "n_kv_heads": 1, "d_head": 4, "scale": 0.9, "window": 3},
+        {"n_heads": 4, "n_kv_heads": 1, "d_head": 4, "scale": 0.9, "window": 3, "key_multiplier": 2.5},
         {"d_head": 12, "window": 1},
         {"n_heads": 2, "window": 7},
     ],

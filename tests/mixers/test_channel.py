@@ -28,6 +28,21 @@ def test_mlp(approximate, activation):
     torch.testing.assert_close(mixer(x), inner @ mixer.fc2.weight.T + mixer.fc2.bias)
 
 
+def test_mlp_of_squared_relu():
+    mixer = MLP(10, MLP.Config(d_inner=14, activation="relu2", bias=False)).double()
+    x = torch.randn(2, 5, 10, dtype=torch.float64)
+    inner = x @ mixer.fc1.weight.T
+    torch.testing.assert_close(mixer(x), (inner * inner * (inner > 0)) @ mixer.fc2.weight.T)
+
+
+def test_geglu_with_multipliers():
+    config = SwiGLU.Config(d_inner=14, activation="gelu", gate_multiplier=0.5, down_multiplier=-3.0)
+    mixer = SwiGLU(10, config).double()
+    x = torch.randn(2, 5, 10, dtype=torch.float64)
+    inner = gelu(0.5 * x @ mixer.gate_proj.weight.T) * (x @ mixer.up_proj.weight.T)
+    torch.testing.assert_close(mixer(x), -3 * inner @ mixer.down_proj.weight.T)
+
+
 def test_swiglu():
     mixer = SwiGLU(10, SwiGLU.Config(d_inner=14)).double()
     x = torch.randn(2, 5, 10, dtype=torch.float64)
@@ -67,3 +82,7 @@ def test_bad_options():
         MLP.Config(d_inner=-4)
     with pytest.raises(UsageError, match="got 'relu'"):
         MLP.Config(approximate="relu")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(UsageError, match="mlp: activation must be 'gelu' or 'relu2', got 'relu'"):
+        MLP.Config(activation="relu")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(UsageError, match="swiglu: activation must be 'silu' or 'gelu', got 'relu'"):
+        SwiGLU.Config(activation="relu")  # pyright: ignore[reportArgumentType]

@@ -47,11 +47,23 @@ def test_equals_the_recurrence(norm_before_gate, D_per_channel):
     torch.testing.assert_close(mixer(x)[0], recurrence(mixer, x))
 
 
+@pytest.mark.parametrize("norm", [False, True])
+def test_multipliers_and_no_norm_equal_the_recurrence(norm):
+    config = Mamba2.Config(d_state=5, d_head=4, n_groups=2, d_inner=24, norm=norm, in_multipliers=(0.5, 2, -1, 1, 3))
+    mixer = Mamba2(10, config).double()
+    shake(mixer)
+    x = torch.randn(2, 13, 10, dtype=torch.float64)
+    torch.testing.assert_close(mixer(x)[0], recurrence(mixer, x))
+    assert ("norm.weight" in mixer.state_dict()) == norm
+
+
 def recurrence(m, u):
     """The block of Mamba2's docstring with one token and one head at a time."""
     e, g, n, h, p = m.d_inner, m.config.n_groups, m.config.d_state, m.n_heads, m.config.d_head
     b, l, _ = u.shape
-    z, xBC, dt = (u @ m.in_proj.weight.T).split([e, e + 2 * g * n, h], -1)
+    parts = (u @ m.in_proj.weight.T).split([e, e, g * n, g * n, h], -1)
+    z, *xBC, dt = [part * factor for part, factor in zip(parts, m.config.in_multipliers or (1,) * 5, strict=True)]
+    xBC = torch.cat(xBC, -1)
     xBC = silu(conv1d(xBC.mT, m.conv1d.weight, m.conv1d.bias, padding=3, groups=e + 2 * g * n)[..., :l]).mT
     x, B, C = xBC.split([e, g * n, g * n], -1)
     dt = softplus(dt + m.dt_bias).clamp(*m.config.dt_limit)
@@ -70,6 +82,8 @@ def recurrence(m, u):
         v = v.view(b, l, g, e // g)
         return (v / (v.square().mean(-1, keepdim=True) + m.config.norm_eps).sqrt()).view(b, l, e) * m.norm.weight
 
+    if m.norm is None:
+        return y * silu(z) @ m.out_proj.weight.T
     y = norm(y) * silu(z) if m.config.norm_before_gate else norm(y * silu(z))
     return y @ m.out_proj.weight.T
 
@@ -111,3 +125,5 @@ def test_bad_sizes():
         Mamba2(128, Mamba2.Config(n_groups=3))
     with pytest.raises(UsageError, match=r"got \(0.5, 0.1\)"):
         Mamba2.Config(dt_limit=(0.5, 0.1))
+    with pytest.raises(UsageError, match=r"those of z, x, B, C and dt, got \(1.0, 2.0\)"):
+        Mamba2.Config(in_multipliers=(1.0, 2.0))  # pyright: ignore[reportArgumentType]

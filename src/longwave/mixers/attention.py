@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from longwave.errors import UsageError
-from longwave.mixers.base import check_positive, compute_dtype, reset_children
+from longwave.mixers.base import check_positive, compute_dtype, reset_children, scaled
 from longwave.mixers.linear import Linear
 from longwave.ops.checks import state_dtype
 
@@ -54,7 +54,8 @@ class Attention(nn.Module):
         """Heads: `n_heads` of `d_head`; one left None follows from d_model, both None give heads of 64.
 
         `n_kv_heads`: None is n_heads, 1 is multi-query. `rotary`: share of a head's dimensions that is turned, 0 to 1.
-        `window`: tokens that a query sees, itself included; None: all. `scale`: None is d_head^-1/2.
+        `window`: tokens that a query sees, itself included; None: all. `scale`: None is d_head^-1/2. `key_multiplier`:
+        a factor of k, so of all scores (Falcon-H1).
         """
 
         kind: ClassVar[str] = "attention"
@@ -65,6 +66,7 @@ class Attention(nn.Module):
         rotary_base: float = 10_000.0
         window: int | None = None
         scale: float | None = None
+        key_multiplier: float = 1.0
         qkv_bias: bool = False
         out_bias: bool = False
 
@@ -152,7 +154,7 @@ class Attention(nn.Module):
         """x (b, l, d), or (b, d) for one token: q (b, l, h, p), k and v (b, l, h_kv, p), at `position` (b, l)."""
         b, l = position.shape
         q = self.q_proj(x).view(b, l, self.n_heads, self.d_head)
-        k = self.k_proj(x).view(b, l, self.n_kv_heads, self.d_head)
+        k = scaled(self.k_proj(x), self.config.key_multiplier).view(b, l, self.n_kv_heads, self.d_head)
         v = self.v_proj(x).view(b, l, self.n_kv_heads, self.d_head)
         if self.d_rotary:
             turn = _angles(position, self.d_rotary, self.config.rotary_base, state_dtype(q.dtype))

@@ -6,6 +6,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import silu
 
 from longwave.errors import UsageError
 from longwave.mixers.base import check_positive, compute_dtype, reset_children
@@ -44,7 +45,8 @@ class Mamba2(Float32Parameters):
         """`d_inner`: inner width, None is expand d_model. `n_groups`: of the d_inner / d_head heads, sharing B and C.
 
         -A begins in [A_min, A_max]. `D_per_channel`: D (h p,) in place of (h,). The norm runs over d_inner / n_groups
-        channels, on y silu(z), or on y alone with `norm_before_gate`. `bias` is that of in_proj and out_proj.
+        channels, on y silu(z), or on y alone with `norm_before_gate`; without `norm`, out = W_out (y silu(z)). `bias`
+        is that of in_proj and out_proj. `in_multipliers`: factors of z, x, B, C and dt as in_proj gives them.
         `chunk_len`: tokens per block of the fused scan, a matter of speed and rounding; None leaves it to the device.
         """
 
@@ -62,7 +64,9 @@ class Mamba2(Float32Parameters):
         dt_max: float = 1e-1
         dt_init_floor: float = 1e-4
         dt_limit: tuple[float, float] = (0.0, math.inf)
+        in_multipliers: tuple[float, float, float, float, float] | None = None
         D_per_channel: bool = False
+        norm: bool = True
         norm_before_gate: bool = False
         norm_eps: float = 1e-5
         bias: bool = False
@@ -75,6 +79,8 @@ class Mamba2(Float32Parameters):
                 raise UsageError(f"mamba2: need 0 < A_min <= A_max, got A_min={self.A_min}, A_max={self.A_max}")
             if len(self.dt_limit) != 2 or not self.dt_limit[0] <= self.dt_limit[1]:
                 raise UsageError(f"mamba2: dt_limit must be (low, high) with low <= high, got {self.dt_limit}")
+            if self.in_multipliers is not None and len(self.in_multipliers) != 5:
+                raise UsageError(f"mamba2: in_multipliers are those of z, x, B, C and dt, got {self.in_multipliers}")
 
     def __init__(self, d_model: int, config: Config | None = None):
         super().__init__()
@@ -96,9 +102,9 @@ class Mamba2(Float32Parameters):
         self.dt_bias = float32_parameter(h)
         self.A_log = float32_parameter(h)
         self.D = float32_parameter(e if config.D_per_channel else h)
-        self.norm = RMSNorm(
-            e, eps=config.norm_eps, group_size=e // config.n_groups, norm_before_gate=config.norm_before_gate
-        )
+        group_size, before = e // config.n_groups, config.norm_before_gate
+        norm = RMSNorm(e, eps=config.norm_eps, group_size=group_size, norm_before_gate=before) if config.norm else None
+        self.norm = norm
         self.out_proj = Linear(e, d_model, bias=config.bias)
         self.reset_parameters()
 
@@ -121,7 +127,7 @@ class Mamba2(Float32Parameters):
     ) -> tuple[Tensor, Mamba2State]:
         conv, ssm = state or (None, None)
         documents: dict[str, Any] = {"reset": reset, "lengths": lengths}
-        z, xBC, dt = self.in_proj(x).split((self.d_inner, self.conv1d.in_channels, self.n_heads), dim=-1)
+        z, xBC, dt = self._project(x)
         xBC, conv = causal_conv1d(
             xBC, self.conv1d.weight.squeeze(1), self.conv1d.bias, activation="silu", initial_state=conv, **documents
         )
@@ -132,14 +138,28 @@ class Mamba2(Float32Parameters):
             initial_state=ssm,
             **documents,
         )
-        return self.out_proj(self.norm(y.flatten(-2), z)), Mamba2State(conv, ssm)
+        return self._finish(y, z), Mamba2State(conv, ssm)
 
     @torch.no_grad()
     def step(self, x: Tensor, state: Mamba2State) -> Tensor:
-        z, xBC, dt = self.in_proj(x).split((self.d_inner, self.conv1d.in_channels, self.n_heads), dim=-1)
+        z, xBC, dt = self._project(x)
         xBC = causal_conv1d_step(state.conv, xBC, self.conv1d.weight.squeeze(1), self.conv1d.bias, activation="silu")
         y = ssd_step(state.ssm, *self._scan_inputs(xBC, dt), **self._scan_options())
-        return self.out_proj(self.norm(y.flatten(-2), z))
+        return self._finish(y, z)
+
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """z (..., e), [x, B, C] (..., e + 2 g n), dt (..., h)."""
+        zxBCdt = self.in_proj(x)
+        if self.config.in_multipliers is not None:
+            widths = (self.d_inner, self.d_inner, self.d_bc, self.d_bc, self.n_heads)
+            factors = [zxBCdt.new_full((w,), f) for w, f in zip(widths, self.config.in_multipliers, strict=True)]
+            zxBCdt = zxBCdt * torch.cat(factors)
+        return zxBCdt.split((self.d_inner, self.conv1d.in_channels, self.n_heads), dim=-1)
+
+    def _finish(self, y: Tensor, z: Tensor) -> Tensor:
+        """y (..., h, p), z (..., e) -> (..., d)."""
+        y = y.flatten(-2)
+        return self.out_proj(y * silu(z) if self.norm is None else self.norm(y, z))
 
     def _scan_inputs(self, xBC: Tensor, dt: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """x (..., h, p), dt (..., h), A (h,), B and C (..., g, n)."""
