@@ -23,6 +23,21 @@ from torch.nn.functional import softplus
 
 from longwave.ops import numba_math
 from longwave.ops.checks import state_dtype
+from longwave.ops.numba_chunks import (
+    add_upper_product,
+    chunk_starts,
+    copy,
+    copy_rows,
+    copy_transposed,
+    dot,
+    load_states,
+    pass_state,
+    past_gradients,
+    row_of,
+    scale_rows,
+    step_gradients,
+    store_states,
+)
 from longwave.ops.numba_math import exp, jit
 from longwave.ops.numba_matmul import COLUMNS, ROWS, add_lower_product, add_product, padded
 from longwave.ops.openmp import carray, next_ticket, pointer, region, run
@@ -150,68 +165,6 @@ class _Inputs:
 
 
 @jit
-def _chunk_starts(reset, row, end, q):
-    """Starts of the chunks of at most q tokens, none across a reset, and `end` last."""
-    starts = np.empty(end + 1, np.int64)
-    count, t = 0, 0
-    while t < end:
-        starts[count] = t
-        count += 1
-        stop = min(t + q, end)
-        t += 1
-        while t < stop and not reset[row, t]:
-            t += 1
-    starts[count] = end
-    return starts[: count + 1]
-
-
-@jit
-def _row(flat, i, width):
-    """Row i of a flat array. Loops run over such slices: their index has no sign to test, so LLVM vectorises them."""
-    return flat[i * width : (i + 1) * width]
-
-
-@jit
-def _copy(source, out):
-    for k in range(len(source)):
-        out[k] = source[k]
-
-
-@jit
-def _copy_rows(source, stride, size, width, out, out_width):
-    """out[i, c] = source[i, c]; rows `stride` and `out_width` apart."""
-    for i in range(size):
-        row, target = source[i * stride : i * stride + width], _row(out, i, out_width)
-        for c in range(width):
-            target[c] = row[c]
-
-
-@jit
-def _copy_transposed(source, stride, size, width, out, out_width):
-    """out[c, i] = source[i, c]."""
-    for i in range(size):
-        row = source[i * stride : i * stride + width]
-        for c in range(width):
-            out[c * out_width + i] = row[c]
-
-
-@jit
-def _scale_rows(rows, width, size, scale):
-    for i in range(size):
-        row = _row(rows, i, width)
-        for c in range(width):
-            row[c] *= scale[i]
-
-
-@jit
-def _dot(a, b):
-    total = 0.0
-    for k in range(len(a)):
-        total += a[k] * b[k]
-    return total
-
-
-@jit
 def _decays(sizes, row, start, head, a, dt, cum, from_past, to_future):
     """The chunk's dt; cum_i = sum_{j<=i} dt_j a; exp(cum_i), and exp(cum_last - cum_i)."""
     total = 0.0
@@ -225,46 +178,17 @@ def _decays(sizes, row, start, head, a, dt, cum, from_past, to_future):
 
 
 @jit
-def _load_states(initial, row, h0, h1, p_wide):
-    """(heads, n, p_wide), flat, from (b, h, p, n)."""
-    _, _, p, n = initial.shape
-    state = np.zeros((h1 - h0) * n * p_wide, initial.dtype)
-    for head in range(h0, h1):
-        for c in range(p):
-            for k in range(n):
-                state[((head - h0) * n + k) * p_wide + c] = initial[row, head, c, k]
-    return state
-
-
-@jit
-def _store_states(state, row, h0, h1, p_wide, out):
-    _, _, p, n = out.shape
-    for head in range(h0, h1):
-        for c in range(p):
-            for k in range(n):
-                out[row, head, c, k] = state[((head - h0) * n + k) * p_wide + c]
-
-
-@jit
-def _pass_state(state, decay, a, a_row, a_column, rows, n, size, p_wide):
-    """state <- decay state + A rows, for A (n, size) and rows (size, p_wide)."""
-    for k in range(len(state)):
-        state[k] *= decay
-    add_product(a, a_row, a_column, rows, state, n, size, p_wide)
-
-
-@jit
 def _forward_heads(
     x, x_strides, B, b_strides, C, c_strides, A, D, initial, reset, ends, q, sizes, y, final, row, group, _, h0, h1
 ):
     _, _, p, n = initial.shape
     p_wide, q_wide = padded(p, COLUMNS), padded(q, COLUMNS)
     kind, b_step = x.dtype, b_strides[1]
-    states = _load_states(initial, row, h0, h1, p_wide)
+    states = load_states(initial, row, h0, h1, p_wide)
     ct, st, mt = np.zeros(n * q_wide, kind), np.empty(q * q_wide, kind), np.empty(q * q_wide, kind)
     x_chunk, y_chunk = np.zeros(q * p_wide, kind), np.empty(q * p_wide, kind)
     scratch, sums = np.empty((3, q), kind), np.empty(q)
-    starts = _chunk_starts(reset, row, ends[row], q)
+    starts = chunk_starts(reset, row, ends[row], q)
 
     for chunk in range(len(starts) - 1):
         start, size = starts[chunk], starts[chunk + 1] - starts[chunk]
@@ -273,28 +197,28 @@ def _forward_heads(
             states[:] = 0
         b_at = row * b_strides[0] + start * b_step + group * b_strides[2]
         c_at = row * c_strides[0] + start * c_strides[1] + group * c_strides[2]
-        _copy_transposed(C[c_at:], c_strides[1], size, n, ct, q_wide)
+        copy_transposed(C[c_at:], c_strides[1], size, n, ct, q_wide)
         st[:] = 0
         add_product(B[b_at:], b_step, 1, ct, st, size, n, q_wide)
         for head in range(h0, h1):
             _decays(sizes, row, start, head, A[head], dt, cum, from_past, to_future)
             x_at = row * x_strides[0] + start * x_strides[1] + head * x_strides[2]
-            _copy_rows(x[x_at:], x_strides[1], size, p, x_chunk, p_wide)
+            copy_rows(x[x_at:], x_strides[1], size, p, x_chunk, p_wide)
             _weigh_pairs(st, cum, dt, q_wide, mt)
-            state = _row(states, head - h0, n * p_wide)
+            state = row_of(states, head - h0, n * p_wide)
             y_chunk[:] = 0
             add_product(ct, 1, q_wide, state, y_chunk, size, n, p_wide)
-            _scale_rows(y_chunk, p_wide, size, from_past)
+            scale_rows(y_chunk, p_wide, size, from_past)
             add_lower_product(mt, 1, q_wide, x_chunk, y_chunk, size, p_wide)
             skip = D[head]
             for i in range(size):
-                out, y_row, x_row = y[row, start + i, head], _row(y_chunk, i, p_wide), _row(x_chunk, i, p_wide)
+                out, y_row, x_row = y[row, start + i, head], row_of(y_chunk, i, p_wide), row_of(x_chunk, i, p_wide)
                 for c in range(p):
                     out[c] = y_row[c] + skip[c] * x_row[c]
             to_future *= dt
-            _scale_rows(x_chunk, p_wide, size, to_future)
-            _pass_state(state, from_past[size - 1], B[b_at:], 1, b_step, x_chunk, n, size, p_wide)
-    _store_states(states, row, h0, h1, p_wide, final)
+            scale_rows(x_chunk, p_wide, size, to_future)
+            pass_state(state, from_past[size - 1], B[b_at:], 1, b_step, x_chunk, n, size, p_wide)
+    store_states(states, row, h0, h1, p_wide, final)
 
 
 @jit
@@ -312,7 +236,7 @@ def _chunk_states(x, x_strides, B, b_strides, A, initial, reset, starts, q, size
     """The states that the chunks start from, (chunks, heads, n, p_wide), flat."""
     _, _, p, n = initial.shape
     p_wide, kind = padded(p, COLUMNS), x.dtype
-    states = _load_states(initial, row, h0, h1, p_wide)
+    states = load_states(initial, row, h0, h1, p_wide)
     saved = np.empty((len(starts) - 1) * len(states), kind)
     x_chunk, scratch, sums = np.zeros(q * p_wide, kind), np.empty((3, q), kind), np.empty(q)
     for chunk in range(len(starts) - 1):
@@ -320,16 +244,16 @@ def _chunk_states(x, x_strides, B, b_strides, A, initial, reset, starts, q, size
         dt, from_past, to_future, cum = scratch[0, :size], scratch[1, :size], scratch[2, :size], sums[:size]
         if reset[row, start]:
             states[:] = 0
-        _copy(states, _row(saved, chunk, len(states)))
+        copy(states, row_of(saved, chunk, len(states)))
         b_at = row * b_strides[0] + start * b_strides[1] + group * b_strides[2]
         for head in range(h0, h1):
             _decays(sizes, row, start, head, A[head], dt, cum, from_past, to_future)
             x_at = row * x_strides[0] + start * x_strides[1] + head * x_strides[2]
-            _copy_rows(x[x_at:], x_strides[1], size, p, x_chunk, p_wide)
+            copy_rows(x[x_at:], x_strides[1], size, p, x_chunk, p_wide)
             to_future *= dt
-            _scale_rows(x_chunk, p_wide, size, to_future)
-            state = _row(states, head - h0, n * p_wide)
-            _pass_state(state, from_past[size - 1], B[b_at:], 1, b_strides[1], x_chunk, n, size, p_wide)
+            scale_rows(x_chunk, p_wide, size, to_future)
+            state = row_of(states, head - h0, n * p_wide)
+            pass_state(state, from_past[size - 1], B[b_at:], 1, b_strides[1], x_chunk, n, size, p_wide)
     return saved
 
 
@@ -358,43 +282,6 @@ def _pair_gradients(st, gt, cum, dt, q_wide, mt, dst, flow, da):
 
 
 @jit
-def _add_upper_product(mt, q_wide, rows, size, p_wide, out):
-    """out_j += sum_{i>=j} mt[j, i] rows_i."""
-    for j in range(0, size, ROWS):
-        height, left = min(ROWS, size - j), size - j
-        add_product(mt[j * q_wide + j :], q_wide, 1, rows[j * p_wide :], out[j * p_wide :], height, left, p_wide)
-
-
-@jit
-def _past_gradients(state, dyt, from_past, ct, n, p, p_wide, q_wide, zt, dct, back):
-    """Add to dct what reaches C from the state before the chunk; back_i is what flows from that state to y_i."""
-    zt[:] = 0
-    add_product(state, p_wide, 1, dyt, zt, n, p, q_wide)
-    back[:] = 0
-    for k in range(n):
-        grads, products, outs = _row(dct, k, q_wide), _row(zt, k, q_wide), _row(ct, k, q_wide)
-        for i in range(len(back)):
-            grad = products[i] * from_past[i]
-            grads[i] += grad
-            back[i] += grad * outs[i]
-
-
-@jit
-def _step_gradients(forth, back, whole, da):
-    """Add to da_k what else flows over step k: from x_j, j < k, to the state after the chunk, from the state before it
-    to y_i, i >= k, and from state to state.
-    """
-    total = whole
-    for k in range(len(da)):
-        da[k] += total
-        total += forth[k]
-    total = 0.0
-    for k in range(len(da) - 1, -1, -1):
-        total += back[k]
-        da[k] += total
-
-
-@jit
 def _backward_heads(
     x, x_strides, B, b_strides, C, c_strides, A, D, initial, reset, ends, q, sizes,
     dy, dy_strides, dx, dsizes, dA, dB, dC, dD, dstate, row, group, split, h0, h1,
@@ -402,9 +289,9 @@ def _backward_heads(
     _, _, p, n = initial.shape
     p_wide, q_wide = padded(p, COLUMNS), padded(q, COLUMNS)
     kind, b_step = x.dtype, b_strides[1]
-    starts = _chunk_starts(reset, row, ends[row], q)
+    starts = chunk_starts(reset, row, ends[row], q)
     saved = _chunk_states(x, x_strides, B, b_strides, A, initial, reset, starts, q, sizes, row, group, h0, h1)
-    dstates = _load_states(dstate, row, h0, h1, p_wide)
+    dstates = load_states(dstate, row, h0, h1, p_wide)
     c_blocks, q_blocks = np.zeros((4, n * q_wide), kind), np.zeros((4, q * q_wide), kind)
     ct, dct, dbt, zt = c_blocks[0], c_blocks[1], c_blocks[2], c_blocks[3]
     st, dst, gt, mt = q_blocks[0], q_blocks[1], q_blocks[2], q_blocks[3]
@@ -418,51 +305,51 @@ def _backward_heads(
         da, flow, forth, back = sums[1, :size], sums[2, :size], sums[3, :size], sums[4, :size]
         b_at = row * b_strides[0] + start * b_step + group * b_strides[2]
         c_at = row * c_strides[0] + start * c_strides[1] + group * c_strides[2]
-        _copy_transposed(C[c_at:], c_strides[1], size, n, ct, q_wide)
+        copy_transposed(C[c_at:], c_strides[1], size, n, ct, q_wide)
         st[:], dst[:], dct[:], dbt[:] = 0, 0, 0, 0
         add_product(B[b_at:], b_step, 1, ct, st, size, n, q_wide)
         for head in range(h0, h1):
             _decays(sizes, row, start, head, A[head], dt, cum, from_past, to_future)
             x_at = row * x_strides[0] + start * x_strides[1] + head * x_strides[2]
             dy_at = row * dy_strides[0] + start * dy_strides[1] + head * dy_strides[2]
-            _copy_rows(x[x_at:], x_strides[1], size, p, x_chunk, p_wide)
-            _copy_rows(dy[dy_at:], dy_strides[1], size, p, dy_chunk, p_wide)
-            _copy_transposed(dy[dy_at:], dy_strides[1], size, p, dyt, q_wide)
-            state = _row(saved, chunk * (h1 - h0) + head - h0, n * p_wide)
-            dstate_head = _row(dstates, head - h0, n * p_wide)
+            copy_rows(x[x_at:], x_strides[1], size, p, x_chunk, p_wide)
+            copy_rows(dy[dy_at:], dy_strides[1], size, p, dy_chunk, p_wide)
+            copy_transposed(dy[dy_at:], dy_strides[1], size, p, dyt, q_wide)
+            state = row_of(saved, chunk * (h1 - h0) + head - h0, n * p_wide)
+            dstate_head = row_of(dstates, head - h0, n * p_wide)
 
             gt[:] = 0
             add_product(x_chunk, p_wide, 1, dyt, gt, size, p, q_wide)
             _pair_gradients(st, gt, cum, dt, q_wide, mt, dst, flow, da)
             u[:] = 0
             add_product(B[b_at:], b_step, 1, dstate_head, u, size, n, p_wide)
-            _scale_rows(u, p_wide, size, to_future)
+            scale_rows(u, p_wide, size, to_future)
             for j in range(size):
-                forth[j] = _dot(_row(u, j, p_wide), _row(x_chunk, j, p_wide)) * dt[j]
-            _add_upper_product(mt, q_wide, dy_chunk, size, p_wide, u)
-            _past_gradients(state, dyt, from_past, ct, n, p, p_wide, q_wide, zt, dct, back)
-            _step_gradients(forth, back, from_past[size - 1] * _dot(state, dstate_head), da)
+                forth[j] = dot(row_of(u, j, p_wide), row_of(x_chunk, j, p_wide)) * dt[j]
+            add_upper_product(mt, q_wide, dy_chunk, size, p_wide, u)
+            past_gradients(state, dyt, from_past, ct, n, p, p_wide, q_wide, zt, dct, back)
+            step_gradients(forth, back, from_past[size - 1] * dot(state, dstate_head), da)
             _write_gradients(
                 x_chunk, dy_chunk, u, dt, da, A[head], D[head], dx[row, start:], dsizes[row, start:], dD[row], head
             )
-            dA[row, head] += _dot(da, dt)
+            dA[row, head] += dot(da, dt)
 
             to_future *= dt
-            _scale_rows(x_chunk, p_wide, size, to_future)
-            _copy_transposed(x_chunk, p_wide, size, p, xt, q_wide)
+            scale_rows(x_chunk, p_wide, size, to_future)
+            copy_transposed(x_chunk, p_wide, size, p, xt, q_wide)
             add_product(dstate_head, p_wide, 1, xt, dbt, n, p, q_wide)
-            _scale_rows(dy_chunk, p_wide, size, from_past)
-            _pass_state(dstate_head, from_past[size - 1], ct, q_wide, 1, dy_chunk, n, size, p_wide)
+            scale_rows(dy_chunk, p_wide, size, from_past)
+            pass_state(dstate_head, from_past[size - 1], ct, q_wide, 1, dy_chunk, n, size, p_wide)
         if reset[row, start]:
             dstates[:] = 0
         add_product(B[b_at:], 1, b_step, dst, dct, n, size, q_wide)
-        _copy_transposed(dst, q_wide, size, size, gt, q_wide)
+        copy_transposed(dst, q_wide, size, size, gt, q_wide)
         add_product(ct, q_wide, 1, gt, dbt, n, size, q_wide)
         for i in range(size):
             db_row, dc_row = dB[row, start + i, group, split], dC[row, start + i, group, split]
             for k in range(n):
                 db_row[k], dc_row[k] = dbt[k * q_wide + i], dct[k * q_wide + i]
-    _store_states(dstates, row, h0, h1, p_wide, dstate)
+    store_states(dstates, row, h0, h1, p_wide, dstate)
 
 
 @jit
@@ -470,8 +357,13 @@ def _write_gradients(x_chunk, dy_chunk, u, dt, da, a, skip, dx, dsizes, dD, head
     """dx, d(dt) and dD of one head and chunk from u_j, the gradient of dt_j x_j, and da_j, that of dt_j a."""
     p_wide, dskip = padded(len(skip), COLUMNS), dD[head]
     for j in range(len(dt)):
-        x_row, dy_row, u_row, out = _row(x_chunk, j, p_wide), _row(dy_chunk, j, p_wide), _row(u, j, p_wide), dx[j, head]
-        dsizes[j, head] = _dot(u_row, x_row) + da[j] * a
+        x_row, dy_row, u_row, out = (
+            row_of(x_chunk, j, p_wide),
+            row_of(dy_chunk, j, p_wide),
+            row_of(u, j, p_wide),
+            dx[j, head],
+        )
+        dsizes[j, head] = dot(u_row, x_row) + da[j] * a
         for c in range(len(skip)):
             out[c] = dt[j] * u_row[c] + skip[c] * dy_row[c]
             dskip[c] += dy_row[c] * x_row[c]
