@@ -48,7 +48,7 @@ def diagonal_scan(
     Abar and Bbar are computed once.
 
     `initial_state` (b, e, n, 2), zeros if None. `reset` (b, l) bool: True starts a document; no earlier token and not
-    the initial state reach it. `lengths` (b,) int64: tokens from lengths[i] on leave row i's state alone and give y = 0.
+    the initial state reach it. `lengths` (b,) int64: tokens from lengths[i] on leave row i alone and give y = 0.
 
     Returns y in u's dtype and the final state (b, e, n, 2) in float32 (float64 for float64), both differentiable, once,
     in all floating-point arguments. All arithmetic is float32 at least; parameters may be float32 beside 16-bit

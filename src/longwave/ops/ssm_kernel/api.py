@@ -2,9 +2,10 @@
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from longwave.ops.checks import check_shape, state_dtype
-from longwave.ops.register import Impl, use_kernel
+from longwave.ops.register import Impl, define, use_kernel
 from longwave.ops.ssm_kernel import reference
 
 
@@ -25,7 +26,8 @@ def vandermonde_kernel(C: Tensor, dtA: Tensor, l: int, *, impl: Impl = "fused") 
     _check_modes("vandermonde_kernel", "C", C, "dtA", dtA)
     if l < 1:
         raise ValueError(f"vandermonde_kernel: l must be at least 1, got {l}")
-    use_kernel("vandermonde_kernel", impl, C)
+    if use_kernel("vandermonde_kernel", impl, C):
+        return _VandermondeKernel.apply(C, dtA, l)
     return reference.vandermonde_kernel(C, dtA, l)
 
 
@@ -54,8 +56,8 @@ def vandermonde_state(
     check_shape("vandermonde_state", "B", B, (e, *dtA.shape[1:]), "(e, n, 2)")
     check_shape("vandermonde_state", "initial_state", initial_state, (b, *dtA.shape), "(b, e, n, 2)")
     check_shape("vandermonde_state", "lengths", lengths, (b,), "(b,)")
-    use_kernel("vandermonde_state", impl, u)
-    sums = reference.moments(_newest_first(u, lengths), dtA)  # (b, e, n, 2)
+    fused = use_kernel("vandermonde_state", impl, u)
+    sums = (_Moments.apply if fused else reference.moments)(_newest_first(u, lengths), dtA)  # (b, e, n, 2)
     final = _times(sums, B)
     if initial_state is None:
         return final
@@ -81,7 +83,8 @@ def cauchy_kernel(v: Tensor, z: Tensor, w: Tensor, *, impl: Impl = "fused") -> T
     # Beyond, the square of its size would overflow. The sum is 0 to within rounding there.
     far = 1e150 if state_dtype(v.dtype) is torch.float64 else 1e18
     z = z.detach().clamp(-far, far)
-    use_kernel("cauchy_kernel", impl, v)
+    if use_kernel("cauchy_kernel", impl, v):
+        return _CauchyKernel.apply(v, z, w)
     return reference.cauchy_kernel(v, z, w)
 
 
@@ -115,3 +118,83 @@ def _times(x: Tensor, y: Tensor) -> Tensor:
     dtype = torch.promote_types(state_dtype(x.dtype), y.dtype)
     x, y = (torch.view_as_complex(t.to(dtype).contiguous()) for t in (x, y))
     return torch.view_as_real(x * y)
+
+
+def _conj(x: Tensor) -> Tensor:
+    return torch.stack([x[..., 0], -x[..., 1]], dim=-1)
+
+
+def _fake_moments(f, dtA, weighted):
+    sums = dtA.new_empty(f.shape[0], *dtA.shape, dtype=state_dtype(f.dtype))
+    return sums, sums.new_empty(sums.shape if weighted else 0)
+
+
+_vandermonde = define(
+    "vandermonde_kernel_forward(Tensor C, Tensor dtA, SymInt l) -> Tensor",
+    fake=lambda C, dtA, l: C.new_empty(*C.shape[:2], l, dtype=state_dtype(C.dtype)),
+    cpu="longwave.ops.ssm_kernel.cpu:vandermonde",
+)
+_moments = define(
+    # The sums over t of f_t exp(t dtA), and if `weighted` of t f_t exp(t dtA), both (m, e, n, 2).
+    "vandermonde_state_forward(Tensor f, Tensor dtA, bool weighted) -> (Tensor, Tensor)",
+    fake=_fake_moments,
+    cpu="longwave.ops.ssm_kernel.cpu:moments",
+)
+_cauchy = define(
+    "cauchy_kernel_forward(Tensor v, Tensor z, Tensor w) -> Tensor",
+    fake=lambda v, z, w: v.new_empty(*v.shape[:2], *z.shape, dtype=state_dtype(v.dtype)),
+    cpu="longwave.ops.ssm_kernel.cpu:cauchy",
+)
+_cauchy_backward = define(
+    "cauchy_kernel_backward(Tensor dk, Tensor v, Tensor z, Tensor w) -> (Tensor, Tensor)",
+    fake=lambda dk, v, z, w: (v.new_empty(v.shape), w.new_empty(w.shape)),
+    cpu="longwave.ops.ssm_kernel.cpu:cauchy_backward",
+)
+
+
+# Sums over time, `_Moments`, and kernels are each other's transpose, and so each other's gradient.
+class _VandermondeKernel(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, C, dtA, l):
+        ctx.save_for_backward(C, dtA)
+        return _vandermonde(C, dtA, l)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dK):  # pyright: ignore[reportIncompatibleMethodOverride]
+        C, dtA = ctx.saved_tensors
+        sums, weighted = _moments(dK, dtA, ctx.needs_input_grad[1])
+        dC = 2 * _conj(sums)
+        ddtA = 2 * _conj(_times(C, weighted).sum(0)) if ctx.needs_input_grad[1] else None
+        return dC.to(C.dtype), None if ddtA is None else ddtA.to(dtA.dtype), None
+
+
+class _Moments(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, f, dtA):
+        sums, weighted = _moments(f, dtA, ctx.needs_input_grad[1])
+        ctx.save_for_backward(dtA, weighted)
+        ctx.l, ctx.dtype = f.shape[2], f.dtype
+        return sums
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dsums):  # pyright: ignore[reportIncompatibleMethodOverride]
+        dtA, weighted = ctx.saved_tensors
+        df = _vandermonde(_conj(dsums), dtA, ctx.l) / 2
+        ddtA = _times(dsums, _conj(weighted)).sum(0) if ctx.needs_input_grad[1] else None
+        return df.to(ctx.dtype), None if ddtA is None else ddtA.to(dtA.dtype)
+
+
+class _CauchyKernel(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, v, z, w):
+        ctx.save_for_backward(v, z, w)
+        return _cauchy(v, z, w)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dk):  # pyright: ignore[reportIncompatibleMethodOverride]
+        v, z, w = ctx.saved_tensors
+        dv, dw = _cauchy_backward(dk, v, z, w)
+        return dv, None, dw
