@@ -4,12 +4,14 @@ from collections.abc import Callable
 from typing import Any
 
 from longwave.ops.causal_conv1d import causal_conv1d
+from longwave.ops.fft_conv import fft_conv
 from longwave.ops.gated_rms_norm import gated_rms_norm
 from longwave.ops.selective_scan import selective_scan
 from longwave.ops.ssd import ssd
 
 OPS: dict[str, Callable[..., Any]] = {
     "causal_conv1d": causal_conv1d,
+    "fft_conv": fft_conv,
     "gated_rms_norm": gated_rms_norm,
     "selective_scan": selective_scan,
     "ssd": ssd,
