@@ -59,7 +59,7 @@ def test_usual_widths():
         assert MLP(100).d_inner == 400
 
 
-@pytest.mark.parametrize("kind", CHANNELS)
+@pytest.mark.parametrize("kind", ["mlp", "swiglu"])
 def test_flops_json_and_reset(kind):
     cls = CHANNELS[kind]
     config = cls.Config(d_inner=24, bias=True)

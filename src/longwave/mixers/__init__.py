@@ -4,6 +4,7 @@ from longwave.mixers.attention import Attention
 from longwave.mixers.channel import MLP, SwiGLU
 from longwave.mixers.mamba import Mamba
 from longwave.mixers.mamba2 import Mamba2
+from longwave.mixers.moe import MoE
 from longwave.mixers.parallel import Parallel
 from longwave.mixers.rnn import GRU, LSTM
 
@@ -18,4 +19,5 @@ MIXERS: dict[str, type] = {
 CHANNELS: dict[str, type] = {
     "mlp": MLP,
     "swiglu": SwiGLU,
+    "moe": MoE,
 }
