@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, Protocol
 
+from longwave.hub.keys import Rename
 from longwave.models.language_model import LanguageModel
 
 
@@ -31,6 +32,6 @@ class Family(Protocol):
         """The config.json of a model. Raises UsageError that says what the format cannot express."""
         ...
 
-    def rename(self, model: LanguageModel.Config) -> dict[str, str]:
-        """{module of ours: its published name}, read as `hub.keys` says."""
+    def rename(self, model: LanguageModel.Config) -> Rename:
+        """{module of ours: its published name, or the layout of its tensors}, read as `hub.keys` says."""
         ...
