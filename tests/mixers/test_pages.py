@@ -7,16 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from longwave.mixers import CHANNELS, MIXERS
+from longwave.mixers import CHANNELS, ENCODERS, MIXERS
 
 PAGES = Path(__file__).parents[2] / "docs" / "mixers"
 
 
 def test_every_mixer_has_a_page():
-    assert {page.stem for page in PAGES.glob("*.md")} == {*MIXERS, *CHANNELS, "README"}
+    assert {page.stem for page in PAGES.glob("*.md")} == {*MIXERS, *CHANNELS, *ENCODERS, "README"}
 
 
-@pytest.mark.parametrize("kind", [*MIXERS, *CHANNELS])
+@pytest.mark.parametrize("kind", [*MIXERS, *CHANNELS, *ENCODERS])
 def test_the_example_prints_what_it_says(kind):
     (example,) = re.findall(r"```python\n(.*?)```", (PAGES / f"{kind}.md").read_text(), re.DOTALL)
     said = re.findall(r"^print\(.*\)  +# (.*)$", example, re.MULTILINE)

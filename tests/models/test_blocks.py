@@ -128,6 +128,9 @@ def test_dt_reaches_the_mixer_when_given(monkeypatch):
         given.append(options.get("dt", "absent"))
         return x, state
 
+    with pytest.raises(UsageError, match="mamba2 takes no dt"):
+        block(torch.randn(1, 3, 16), dt=2.0)
+    monkeypatch.setattr(block, "takes_dt", True)
     monkeypatch.setattr(block.mixer, "forward", forward)
     monkeypatch.setattr(block.mixer, "step", lambda x, state, **options: forward(x, state, **options)[0])
     stack, x = Stack([block]), torch.randn(1, 3, 16)

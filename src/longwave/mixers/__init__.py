@@ -1,6 +1,10 @@
-"""Layers (b, l, d) -> (b, l, d): mixers mix along time and carry a state, channel mixers treat each token alone."""
+"""Layers (b, l, d) -> (b, l, d): mixers mix along time and carry a state, channel mixers treat each token alone.
+
+Encoder layers mix along time too, and need the sequence whole: no state.
+"""
 
 from longwave.mixers.attention import Attention
+from longwave.mixers.bidirectional import Bidirectional
 from longwave.mixers.channel import MLP, SwiGLU
 from longwave.mixers.mamba import Mamba
 from longwave.mixers.mamba2 import Mamba2
@@ -20,4 +24,7 @@ CHANNELS: dict[str, type] = {
     "mlp": MLP,
     "swiglu": SwiGLU,
     "moe": MoE,
+}
+ENCODERS: dict[str, type] = {
+    "bidirectional": Bidirectional,
 }

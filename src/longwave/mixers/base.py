@@ -1,5 +1,6 @@
 """What a mixer is. A protocol, not a base class: each mixer is one file that can be read alone."""
 
+import inspect
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -87,6 +88,11 @@ def compute_dtype(weight: Tensor, dtype: torch.dtype | None = None) -> torch.dty
     if device != "meta" and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return weight.dtype
+
+
+def takes_dt(mixer: Any) -> bool:
+    """Whether a mixer has a rate: its forward takes `dt`, how long each token lasts in steps of its training."""
+    return getattr(mixer, "takes_dt", "dt" in inspect.signature(mixer.forward).parameters)
 
 
 def check_positive(config: Any, *names: str) -> None:

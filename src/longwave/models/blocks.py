@@ -10,15 +10,16 @@ from torch.nn.functional import dropout, layer_norm
 
 from longwave.config import nearest
 from longwave.errors import UsageError
-from longwave.mixers import CHANNELS, MIXERS
-from longwave.mixers.base import reset_children
+from longwave.mixers import CHANNELS, ENCODERS, MIXERS
+from longwave.mixers.base import reset_children, takes_dt
+from longwave.mixers.bidirectional import refuse_state
 from longwave.mixers.norm import RMSNorm
 from longwave.models.state import State
 
-LAYERS: dict[str, type] = MIXERS | CHANNELS
+LAYERS: dict[str, type] = MIXERS | CHANNELS | ENCODERS
 """What a slot can hold, by `kind`."""
 
-OUTPUTS = ("out_proj", "o_proj", "down_proj", "fc2")
+OUTPUTS = ("out_proj", "o_proj", "down_proj", "fc2", "output_linear", "out_filter_dense")
 """The layers of mixers that write into the residual stream."""
 
 
@@ -37,7 +38,7 @@ NORM_POSITIONS = ("pre", "post", "res_post", "sandwich")
 
 
 class Block(nn.Module):
-    """A residual slot around a mixer or a channel mixer, with a = residual_multiplier and, by norm_position,
+    """A residual slot around a layer of any kind, with a = residual_multiplier and, by norm_position,
 
         pre        x + a mixer(norm(x))               Xiong et al. 2020, arXiv:2002.04745; GPT-2, Mamba
         post       norm(x + a mixer(x))               Vaswani et al. 2017, arXiv:1706.03762; S5
@@ -59,11 +60,12 @@ class Block(nn.Module):
         residual_multiplier: float = 1.0,
     ):
         super().__init__()
-        self.carries_state = config.kind in MIXERS
+        self.kind, self.carries_state, self.causal = config.kind, config.kind in MIXERS, config.kind not in ENCODERS
         self.norm_position, self.residual_multiplier = norm_position, residual_multiplier
         self.norm = NORMS[norm](d_model, eps=norm_eps)
         self.mixer = LAYERS[config.kind](d_model, config)
         self.norm_out = NORMS[norm](d_model, eps=norm_eps) if norm_position == "sandwich" else None
+        self.takes_dt = takes_dt(self.mixer)
 
     def forward(
         self,
@@ -74,22 +76,34 @@ class Block(nn.Module):
         lengths: Tensor | None = None,
         dt: Tensor | float | None = None,
     ) -> tuple[Tensor, Any]:
-        """x (b, l, d) -> the same shape, and the mixer's state after it, None for a channel mixer.
+        """x (b, l, d) -> the same shape, and the mixer's state after it, None for a layer that carries none.
 
-        `dt`, where it is given, goes to the mixer, which must have a rate (lti, s4, s4d, s5).
+        `dt`, where it is given, goes to the mixer. Raises UsageError for a mixer without a rate.
         """
-        if not self.carries_state:
-            return self._join(x, self.mixer(self._enter(x))), None
-        rate = {} if dt is None else {"dt": dt}
-        y, state = self.mixer(self._enter(x), state, reset=reset, lengths=lengths, **rate)
+        inner = self._enter(x)
+        if self.carries_state:
+            y, state = self.mixer(inner, state, reset=reset, lengths=lengths, **self._rate(dt))
+        elif self.causal:
+            y = self.mixer(inner)
+        else:
+            y = self.mixer(inner, reset=reset, lengths=lengths, **self._rate(dt))
         return self._join(x, y), state
 
     def step(self, x: Tensor, state: Any, dt: Tensor | float | None = None) -> Tensor:
         """x (b, d) -> the same shape; the mixer's state is updated in place."""
-        if not self.carries_state:
-            return self._join(x, self.mixer(self._enter(x)))
-        rate = {} if dt is None else {"dt": dt}
-        return self._join(x, self.mixer.step(self._enter(x), state, **rate))
+        inner = self._enter(x)
+        if self.carries_state or not self.causal:
+            return self._join(x, self.mixer.step(inner, state, **self._rate(dt)))
+        return self._join(x, self.mixer(inner))
+
+    def _rate(self, dt: Tensor | float | None) -> dict[str, Any]:
+        """How the mixer is given `dt`."""
+        if dt is not None and not self.takes_dt:
+            raise UsageError(
+                f"{self.kind} takes no dt: how long a token lasts means nothing to it. Leave dt out, give the time "
+                f"between tokens as a feature, or build the model of mixers with a rate: {', '.join(_with_rate())}"
+            )
+        return {} if dt is None else {"dt": dt}
 
     def _enter(self, x: Tensor) -> Tensor:
         """What the mixer is given of the residual stream."""
@@ -132,7 +146,7 @@ class Stack(nn.ModuleList):
     @property
     def causal(self) -> bool:
         """Whether each token sees only those before it, so that there is a state to go on from."""
-        return True
+        return all(block.causal for block in self)
 
     def __iter__(self) -> Iterator[Block]:
         return super().__iter__()  # pyright: ignore[reportReturnType]
@@ -146,8 +160,13 @@ class Stack(nn.ModuleList):
         lengths: Tensor | None = None,
         dt: Tensor | float | None = None,
     ) -> tuple[Tensor, State]:
-        """x (b, l, d) -> the same shape, and the state after it. Raises ValueError for a state of another model."""
+        """x (b, l, d) -> the same shape, and the state after it.
+
+        Raises ValueError for a state of another model, UsageError for one given to bidirectional layers.
+        """
         b, l, _ = x.shape
+        if state is not None and not self.causal:
+            refuse_state()
         if state is None:
             before, position = (None,) * len(self), torch.zeros(b, dtype=torch.int64, device=x.device)
         elif state.fingerprint == self.fingerprint:
@@ -171,7 +190,7 @@ class Stack(nn.ModuleList):
 
     def init_state(self, b: int, length: int, dtype: torch.dtype | None, device: torch.device | str | None) -> State:
         layers = tuple(
-            block.mixer.init_state(b, length=length, dtype=dtype, device=device) if block.carries_state else None
+            None if block.kind in CHANNELS else block.mixer.init_state(b, length=length, dtype=dtype, device=device)
             for block in self
         )
         return State(layers, torch.zeros(b, dtype=torch.int64, device=device), self.fingerprint)
@@ -192,6 +211,10 @@ class Stack(nn.ModuleList):
             block.scale_output(len(self) ** -0.5)
 
 
+def _with_rate() -> list[str]:
+    return [kind for kind, mixer in MIXERS.items() if takes_dt(mixer)]
+
+
 def check_layers(layers: Any, where: str) -> None:
     """Raise UsageError unless `layers` is a tuple of at least one mixer's or channel mixer's configuration."""
     if not isinstance(layers, tuple) or not layers:
@@ -205,6 +228,14 @@ def check_layers(layers: Any, where: str) -> None:
             f"{where}: layers[{i}] is {layer!r}, which is no layer's configuration.{nearest(str(name), LAYERS)} "
             "In Python write it as Mamba2.Config(...)"
         )
+
+
+def check_norm(config: Any) -> None:
+    """Raise UsageError unless config.norm and config.norm_position are known."""
+    for name, known in (("norm", tuple(NORMS)), ("norm_position", NORM_POSITIONS)):
+        if getattr(config, name) not in known:
+            one_of = " or ".join(map(repr, known))
+            raise UsageError(f"{config.kind}: {name} must be {one_of}, got {getattr(config, name)!r}")
 
 
 def layer_configs() -> dict[str, type]:

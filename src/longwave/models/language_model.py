@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from longwave.config import from_dict
 from longwave.errors import UsageError
 from longwave.mixers.linear import Linear
-from longwave.models.blocks import NORM_POSITIONS, NORMS, Block, Stack, check_layers, layer_configs
+from longwave.models.blocks import NORMS, Block, Stack, check_layers, check_norm, layer_configs
 from longwave.models.state import fingerprint
 from longwave.models.token_model import TokenModel
 
@@ -55,10 +55,7 @@ class LanguageModel(TokenModel):
                     "language_model: vocab_size and d_model must be at least 1, "
                     f"got {self.vocab_size} and {self.d_model}"
                 )
-            for name, known in (("norm", tuple(NORMS)), ("norm_position", NORM_POSITIONS)):
-                if getattr(self, name) not in known:
-                    one_of = " or ".join(map(repr, known))
-                    raise UsageError(f"language_model: {name} must be {one_of}, got {getattr(self, name)!r}")
+            check_norm(self)
             check_layers(self.layers, "language_model")
 
         @classmethod
