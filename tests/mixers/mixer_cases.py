@@ -21,6 +21,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         SMALL | {"dt_limit": (0.01, 0.05), "D_per_channel": True, "norm_before_gate": True, "conv_bias": False},
     ),
     "mamba2-without-norm": ("mamba2", SMALL | {"norm": False, "in_multipliers": (0.5, 2.0, 3.0, 0.7, 1.5)}),
+    "h3": ("h3", {"d_state": 6}),
+    "h3-heads": ("h3", {"d_state": 4, "d_head": 2, "method": "zoh"}),
+    "hyena_modal": ("hyena_modal", {"d_state": 2}),
+    "hyena_modal-heads": ("hyena_modal", {"d_state": 3, "n_heads": 4, "d_conv": 4, "conv_bias": False}),
     "attention": ("attention", {"n_heads": 2}),
     "attention-grouped": ("attention", {"n_heads": 4, "n_kv_heads": 2, "d_head": 8, "rotary": 0.5, "qkv_bias": True}),
     "attention-multi-query": (

@@ -283,6 +283,12 @@ def beside_products(mixer, length):
         return 0
     if kind == "parallel":
         return sum(beside_products(part, length) for part in mixer.parts)
+    if kind == "h3":
+        products = mixer.d_model * config.d_head
+        return length * (2 * mixer.d_model * config.d_state + products * (config.d_state // 2 * (6 + 4 + 4) + 2))
+    if kind == "hyena_modal":
+        conv = 2 * mixer.filter.short_filter_weight.numel()
+        return length * (conv + mixer.filter.poles[..., 0].numel() * (6 + 1 + 4) + 2 * mixer.d_model)
     conv = 2 * mixer.conv1d.weight.numel()
     e, n = mixer.d_inner, config.d_state
     if kind == "mamba":

@@ -6,6 +6,8 @@ Encoder layers mix along time too, and need the sequence whole: no state.
 from longwave.mixers.attention import Attention
 from longwave.mixers.bidirectional import Bidirectional
 from longwave.mixers.channel import MLP, SwiGLU
+from longwave.mixers.h3 import H3
+from longwave.mixers.hyena_modal import HyenaModal
 from longwave.mixers.mamba import Mamba
 from longwave.mixers.mamba2 import Mamba2
 from longwave.mixers.moe import MoE
@@ -15,6 +17,8 @@ from longwave.mixers.rnn import GRU, LSTM
 MIXERS: dict[str, type] = {
     "mamba": Mamba,
     "mamba2": Mamba2,
+    "h3": H3,
+    "hyena_modal": HyenaModal,
     "attention": Attention,
     "lstm": LSTM,
     "gru": GRU,
