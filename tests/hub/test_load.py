@@ -289,7 +289,7 @@ def test_unknown_dtype_and_format(folder, tmp_path):
     with pytest.raises(UsageError, match="Did you mean 'bfloat16'"):
         load(folder, dtype="bflot16")
     with pytest.raises(UsageError, match="Did you mean 'falcon_mamba'"):
-        export(small_model(), tmp_path, "falcon")
+        export(small_model(), tmp_path, "falcon_mmba")
 
 
 @pytest.mark.parametrize("format", ["mamba", "state_spaces"])

@@ -1,11 +1,13 @@
 """Weights to and from other people's formats. A format is one module, described by `hub.family.Family`."""
 
-from longwave.hub import falcon_mamba, mamba, mamba2, state_spaces
+from longwave.hub import falcon_h1, falcon_mamba, mamba, mamba2, nemotron_h, state_spaces
 from longwave.hub.family import Family
 
 FORMATS: dict[str, Family] = {
     "mamba": mamba,
     "mamba2": mamba2,
     "falcon_mamba": falcon_mamba,
+    "falcon_h1": falcon_h1,
+    "nemotron_h": nemotron_h,
     "state_spaces": state_spaces,
 }

@@ -1,5 +1,6 @@
 """Reading another library's config.json: its keys and defaults, the types checked, and what longwave lacks refused."""
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any, NoReturn, TypeVar
@@ -10,6 +11,7 @@ from longwave.errors import UsageError
 T = TypeVar("T")
 
 OWN_FORMAT = "model.save(folder) keeps every model"
+IMMATERIAL = " A_min A_max dt_min dt_max dt_init_floor init_std chunk_len"
 
 
 def setting(config: Mapping[str, Any], key: str, kind: type[T], default: T) -> T:
@@ -34,11 +36,27 @@ def size(config: Mapping[str, Any], key: str, default: int) -> int:
 
 def limits(config: Mapping[str, Any], key: str) -> tuple[float, float]:
     """(low, high), by default (0, inf)."""
+    low, high = numbers(config, key, (0.0, math.inf), "two numbers, low and high")
+    return low, high
+
+
+def numbers(config: Mapping[str, Any], key: str, default: tuple[float, ...], what: str) -> tuple[float, ...]:
+    """A list of as many numbers as the default has; `what` they are is for the error."""
     value = config.get(key)
-    value = [0.0, math.inf] if value is None else value
-    if not isinstance(value, list) or len(value) != 2 or not all(type(end) in (int, float) for end in value):
-        raise UsageError(f"config.json: {key} must be two numbers, low and high, got {value!r}")
-    return float(value[0]), float(value[1])
+    if value is None:
+        return default
+    if not isinstance(value, list) or len(value) != len(default) or not all(type(x) in (int, float) for x in value):
+        raise UsageError(f"config.json: {key} must be {what}, got {value!r}")
+    return tuple(map(float, value))
+
+
+def rotary_base(config: Mapping[str, Any], default: float = 10_000.0) -> float:
+    """transformers' rope_theta, by itself or in rope_parameters. Raises UsageError for scaled rotary embedding."""
+    rope = setting(config, "rope_parameters", dict, {}) or setting(config, "rope_scaling", dict, {})
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind != "default":
+        refuse("rope_type", kind, "'default'")
+    return setting(rope, "rope_theta", float, setting(config, "rope_theta", float, default))
 
 
 def refuse(option: str, value: Any, supported: str) -> NoReturn:
@@ -57,6 +75,18 @@ def refuse_unknown(config: Mapping[str, Any], known: str, where: str) -> None:
     for key in config:
         if key not in known.split():
             raise UsageError(f"config.json: {where} has an unknown option {key!r}.{nearest(key, known.split())}")
+
+
+def hold(family: str, config: Any, words: str) -> None:
+    """Raise UsageError unless all fields of a configuration but those in `words` have their defaults.
+
+    Fields that matter only before training, or to speed, may have any value: no format keeps them all.
+    """
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.name not in (words + IMMATERIAL).split() and value != field.default:
+            given = f"{field.name}={value!r}"
+            inexpressible(family, f"a {config.kind} of {field.name}={field.default!r}", given)
 
 
 def inexpressible(family: str, holds: str, value: Any) -> NoReturn:
