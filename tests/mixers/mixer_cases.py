@@ -25,6 +25,9 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "h3-heads": ("h3", {"d_state": 4, "d_head": 2, "method": "zoh"}),
     "hyena_modal": ("hyena_modal", {"d_state": 2}),
     "hyena_modal-heads": ("hyena_modal", {"d_state": 3, "n_heads": 4, "d_conv": 4, "conv_bias": False}),
+    "s4d": ("s4d", {"d_state": 6}),
+    "s4d-shared": ("s4d", {"d_state": 4, "n_ssm": 4, "init": "inv", "discretization": "bilinear", "glu": False}),
+    "s4d-alone": ("s4d", {"d_state": 2, "init": "real", "gelu": False, "skip": False}),
     "attention": ("attention", {"n_heads": 2}),
     "attention-grouped": ("attention", {"n_heads": 4, "n_kv_heads": 2, "d_head": 8, "rotary": 0.5, "qkv_bias": True}),
     "attention-multi-query": (

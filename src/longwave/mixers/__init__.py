@@ -13,12 +13,14 @@ from longwave.mixers.mamba2 import Mamba2
 from longwave.mixers.moe import MoE
 from longwave.mixers.parallel import Parallel
 from longwave.mixers.rnn import GRU, LSTM
+from longwave.mixers.s4d import S4D
 
 MIXERS: dict[str, type] = {
     "mamba": Mamba,
     "mamba2": Mamba2,
     "h3": H3,
     "hyena_modal": HyenaModal,
+    "s4d": S4D,
     "attention": Attention,
     "lstm": LSTM,
     "gru": GRU,

@@ -16,17 +16,20 @@ from longwave.ops.checks import state_dtype
 
 
 class Float32Parameters(nn.Module):
-    """A module whose parameters named in `float32_parameters` ignore `.bfloat16()` and `.half()`, and no other cast."""
+    """A module whose parameters named in `float32_parameters` ignore `.bfloat16()` and `.half()`, and no other cast.
+
+    One that is None is left out.
+    """
 
     float32_parameters: ClassVar[tuple[str, ...]] = ()
 
     def mark(self) -> None:
         """Flag them for the optimiser. A move off the meta device makes new parameters, without the flag."""
-        for name in self.float32_parameters:
-            getattr(self, name)._no_weight_decay = True
+        for parameter in self._kept().values():
+            parameter._no_weight_decay = True
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True):
-        before = {name: getattr(self, name).detach() for name in self.float32_parameters}
+        before = {name: parameter.detach() for name, parameter in self._kept().items()}
         super()._apply(fn, recurse)
         for name, tensor in before.items():
             after = getattr(self, name)
@@ -34,6 +37,10 @@ class Float32Parameters(nn.Module):
                 after.data = tensor.to(after.device)
         self.mark()
         return self
+
+    def _kept(self) -> dict[str, Any]:
+        named = {name: getattr(self, name) for name in self.float32_parameters}
+        return {name: parameter for name, parameter in named.items() if parameter is not None}
 
 
 def float32_parameter(*shape: int) -> nn.Parameter:

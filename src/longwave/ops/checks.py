@@ -23,3 +23,8 @@ def check_documents(op: str, reset: Tensor | None, lengths: Tensor | None, b: in
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of states and accumulation: float32, or float64 for float64 input."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def wide_dtype(device: torch.device) -> torch.dtype:
+    """float64, for the few numbers in which rounding would grow with the length; float32 on mps, which has no more."""
+    return torch.float32 if device.type == "mps" else torch.float64

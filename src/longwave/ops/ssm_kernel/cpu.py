@@ -45,7 +45,7 @@ def moments(f: Tensor, dtA: Tensor, weighted: bool) -> tuple[Tensor, Tensor]:
     sums = torch.empty(2 if weighted else 1, m, *dtA.shape, dtype=dtype)
     arrays = _array(f, dtype), _array(dtA, torch.float64), sums.numpy()
     _over_channels(e, lambda c0, c1: _accumulate(*arrays, c0, c1))
-    return sums[0], sums[1] if weighted else sums.new_empty(0)
+    return sums[0], sums[1].clone() if weighted else sums.new_empty(0)  # an operator's results share no memory
 
 
 def cauchy(v: Tensor, z: Tensor, w: Tensor) -> Tensor:
