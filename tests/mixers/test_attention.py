@@ -36,9 +36,10 @@ def softmax_attention(m, x, reset):
             start = max([s for s in range(t + 1) if reset[i, s]], default=0)
             first = max(start, t - m.config.window + 1) if m.config.window else start
             for j in range(h):
-                query = turned(q[i, t, j], t - start, r, m.config.rotary_base)
+                stretch = m.config.rotary_scaling
+                query = turned(q[i, t, j], (t - start) / stretch, r, m.config.rotary_base)
                 scores = [
-                    scale * query @ turned(k[i, s, j * h_kv // h], s - start, r, m.config.rotary_base)
+                    scale * query @ turned(k[i, s, j * h_kv // h], (s - start) / stretch, r, m.config.rotary_base)
                     for s in range(first, t + 1)
                 ]
                 weights = torch.stack(scores).softmax(0)
@@ -57,7 +58,7 @@ def turned(x, position, r, base):
     [
         {"n_heads": 2},
         {"n_heads": 3, "rotary": 0.0, "out_bias": True, "qkv_bias": True},
-        {"n_heads": 4, "n_kv_heads": 2, "d_head": 8, "rotary": 0.25, "rotary_base": 100.0},
+        {"n_heads": 4, "n_kv_heads": 2, "d_head": 8, "rotary": 0.25, "rotary_base": 100.0, "rotary_scaling": 3.0},
         {"n_heads": 4, "n_kv_heads": 1, "d_head": 4, "scale": 0.9, "window": 3, "key_multiplier": 2.5},
         {"d_head": 12, "window": 1},
         {"n_heads": 2, "window": 7},

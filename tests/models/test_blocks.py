@@ -35,6 +35,20 @@ def formula(block, x, a, eps):
     }[block.norm_position]()
 
 
+def test_a_norm_with_eps_outside_the_root():
+    block = Block(16, Mamba2.Config(d_state=4, d_head=8), norm="rms_outer_eps", norm_eps=0.1).double()
+    x = torch.randn(2, 5, 16, dtype=torch.float64)
+    with torch.no_grad():
+        block.norm.weight.mul_(torch.rand(16))
+    expected = x / (x.square().mean(-1, keepdim=True).sqrt() + 0.1) * block.norm.weight
+    assert_close(block.norm(x), expected)
+    assert block.norm(x.bfloat16()).dtype == torch.bfloat16
+    zero = torch.zeros(1, 1, 16, dtype=torch.float64, requires_grad=True)
+    block.norm(zero).sum().backward()
+    assert zero.grad is not None
+    assert zero.grad.isfinite().all()
+
+
 @pytest.mark.parametrize("position", NORM_POSITIONS)
 def test_a_block_is_its_formula_whole_and_stepped(position):
     block = Block(

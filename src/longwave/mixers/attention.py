@@ -54,6 +54,7 @@ class Attention(nn.Module):
         """Heads: `n_heads` of `d_head`; one left None follows from d_model, both None give heads of 64.
 
         `n_kv_heads`: None is n_heads, 1 is multi-query. `rotary`: share of a head's dimensions that is turned, 0 to 1.
+        `rotary_scaling`: positions are divided by it (Chen et al. 2023, arXiv:2306.15595) to reach beyond training.
         `window`: tokens that a query sees, itself included; None: all. `scale`: None is d_head^-1/2. `key_multiplier`:
         a factor of k, so of all scores (Falcon-H1).
         """
@@ -64,6 +65,7 @@ class Attention(nn.Module):
         d_head: int | None = None
         rotary: float = 1.0
         rotary_base: float = 10_000.0
+        rotary_scaling: float = 1.0
         window: int | None = None
         scale: float | None = None
         key_multiplier: float = 1.0
@@ -74,6 +76,8 @@ class Attention(nn.Module):
             check_positive(self, "n_heads", "n_kv_heads", "d_head", "window")
             if not 0 <= self.rotary <= 1:
                 raise UsageError(f"attention: rotary is a share between 0 and 1, got {self.rotary}")
+            if not self.rotary_scaling > 0:
+                raise UsageError(f"attention: rotary_scaling must be positive, got {self.rotary_scaling}")
 
     def __init__(self, d_model: int, config: Config | None = None):
         super().__init__()
@@ -157,7 +161,8 @@ class Attention(nn.Module):
         k = scaled(self.k_proj(x), self.config.key_multiplier).view(b, l, self.n_kv_heads, self.d_head)
         v = self.v_proj(x).view(b, l, self.n_kv_heads, self.d_head)
         if self.d_rotary:
-            turn = _angles(position, self.d_rotary, self.config.rotary_base, state_dtype(q.dtype))
+            rate = self.config.rotary_base, self.config.rotary_scaling
+            turn = _angles(position, self.d_rotary, *rate, state_dtype(q.dtype))
             q, k = _rotate(q, turn), _rotate(k, turn)
         return q, k, v
 
@@ -228,13 +233,13 @@ def _heads(d_model: int, config: Attention.Config) -> tuple[int, int]:
     return (n_heads, d_model // n_heads) if n_heads else (d_model // divisor, divisor)
 
 
-def _angles(position: Tensor, r: int, base: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin (b, l, 1, r / 2) of position * base^(-2i/r).
+def _angles(position: Tensor, r: int, base: float, scaling: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin (b, l, 1, r / 2) of position / scaling * base^(-2i/r).
 
     Made on each call: a buffer of frequencies would be lost on the meta device and rounded by `.bfloat16()`.
     """
     i = torch.arange(0, r, 2, dtype=dtype, device=position.device)
-    angle = position[..., None, None] * torch.exp(i * (-math.log(base) / r))
+    angle = position[..., None, None] * (torch.exp(i * (-math.log(base) / r)) / scaling)
     return angle.cos(), angle.sin()
 
 

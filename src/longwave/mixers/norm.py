@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from longwave.ops.checks import state_dtype
 from longwave.ops.gated_rms_norm import gated_rms_norm
 
 
@@ -37,3 +38,21 @@ class RMSNorm(nn.Module):
         return gated_rms_norm(
             x, self.weight, z, eps=self.eps, group_size=self.group_size, norm_before_gate=self.norm_before_gate
         )
+
+
+class OuterEpsRMSNorm(nn.Module):
+    """x / (sqrt(mean(x^2)) + eps) * weight: RMSNorm with eps outside the root, as StripedHyena has it. In float32."""
+
+    def __init__(self, d: int, *, eps: float = 1e-5):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(d))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.to(state_dtype(x.dtype))
+        root = torch.linalg.vector_norm(wide, dim=-1, keepdim=True) * x.shape[-1] ** -0.5
+        return (wide / (root + self.eps) * self.weight).to(x.dtype)

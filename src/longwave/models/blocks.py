@@ -13,7 +13,7 @@ from longwave.errors import UsageError
 from longwave.mixers import CHANNELS, ENCODERS, MIXERS
 from longwave.mixers.base import reset_children, takes_dt
 from longwave.mixers.bidirectional import refuse_state
-from longwave.mixers.norm import RMSNorm
+from longwave.mixers.norm import OuterEpsRMSNorm, RMSNorm
 from longwave.models.state import State
 
 LAYERS: dict[str, type] = MIXERS | CHANNELS | ENCODERS
@@ -31,7 +31,7 @@ class LayerNorm(nn.LayerNorm):
         return layer_norm(input, self.normalized_shape, weight, bias, self.eps)
 
 
-NORMS = {"rms": RMSNorm, "layer": LayerNorm}
+NORMS = {"rms": RMSNorm, "layer": LayerNorm, "rms_outer_eps": OuterEpsRMSNorm}
 
 
 NORM_POSITIONS = ("pre", "post", "res_post", "sandwich")

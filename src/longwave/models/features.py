@@ -31,7 +31,7 @@ class Features(nn.Module):
         d_input: int
         d_model: int
         layers: tuple[Any, ...]
-        norm: Literal["rms", "layer"] = "rms"
+        norm: Literal["rms", "layer", "rms_outer_eps"] = "rms"
         norm_eps: float = 1e-5
         norm_position: Literal["pre", "post", "res_post", "sandwich"] = "pre"
         dropout: float = 0.0

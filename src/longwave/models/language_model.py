@@ -39,7 +39,7 @@ class LanguageModel(TokenModel):
         vocab_size: int
         d_model: int
         layers: tuple[Any, ...]
-        norm: Literal["rms", "layer"] = "rms"
+        norm: Literal["rms", "layer", "rms_outer_eps"] = "rms"
         norm_eps: float = 1e-5
         norm_position: Literal["pre", "post", "res_post", "sandwich"] = "pre"
         tie_embeddings: bool = True
