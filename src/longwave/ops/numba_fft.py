@@ -33,7 +33,6 @@ from longwave.ops.numba_math import jit
 
 VECTOR_BYTES = 64
 _RESIDENT = 256  # points of a block that stays in the first-level cache through all its passes
-_RADICES = (3, 5, 4, 2)
 
 _index = ir.IntType(64)
 _intrinsic: Any = intrinsic
@@ -62,12 +61,17 @@ def good_size(least: int) -> int:
 
 @functools.lru_cache(maxsize=64)
 def plan(n: int, dtype: np.dtype) -> Plan:
-    """The passes for n points; n has no prime factors but 2, 3 and 5."""
+    """The passes for n points; n has no prime factors but 2, 3 and 5. Long blocks take 3, 5 and 4, short ones 8."""
     radices, rest = [], n
-    for r in _RADICES:
+    for r in (3, 5):
         while rest % r == 0:
             radices.append(r)
             rest //= r
+    bits = rest.bit_length() - 1
+    eights = bits // 3 - (bits % 3 == 1 and bits > 3)
+    rest >>= 3 * eights
+    radices += [4] * (rest.bit_length() // 2) if rest != 2 else [2]
+    radices += [8] * eights
     angle, first, roots, begin = np.array([0.5 * np.pi]), [], [np.empty(0)], 0
     for r in radices:
         powers = np.exp(1j * np.outer(angle / r, np.arange(1, r)))
@@ -79,43 +83,52 @@ def plan(n: int, dtype: np.dtype) -> Plan:
 
 
 @jit
-def convolve(z, at, n, level, block, h, radices, first, roots):
-    """Multiply the n points from `at` on, block number `block` of pass `level`, by the same points of h, a transform."""
-    if n > _RESIDENT and level < len(radices):
-        step = n // radices[level]
-        _pass(z, at, n, 1, level, block, radices, first, roots, False)
-        for q in range(radices[level]):
-            convolve(z, at + q * step, step, level + 1, block * radices[level] + q, h, radices, first, roots)
-        _pass(z, at, n, 1, level, block, radices, first, roots, True)
-        return
-    _down(z, at, n, level, block, radices, first, roots)
-    for j in range(at, at + n):
-        _multiply(z, j, h, j, False)
-    _up(z, at, n, level, block, radices, first, roots)
+def transform(z, n, radices, first, roots):
+    """Replace n points, the coefficients of a polynomial, by its values at the roots."""
+    _walk(z, z, n, radices, first, roots, True, False)
 
 
 @jit
-def transform(z, at, n, level, block, radices, first, roots):
-    """Replace the n points from `at` on, coefficients of a polynomial, by its values at the roots."""
-    if n > _RESIDENT and level < len(radices):
-        step = n // radices[level]
-        _pass(z, at, n, 1, level, block, radices, first, roots, False)
-        for q in range(radices[level]):
-            transform(z, at + q * step, step, level + 1, block * radices[level] + q, radices, first, roots)
-        return
-    _down(z, at, n, level, block, radices, first, roots)
-
-
-@jit
-def untransform(z, at, n, level, block, radices, first, roots):
+def untransform(z, n, radices, first, roots):
     """The way back, times n."""
-    if n > _RESIDENT and level < len(radices):
-        step = n // radices[level]
-        for q in range(radices[level]):
-            untransform(z, at + q * step, step, level + 1, block * radices[level] + q, radices, first, roots)
-        _pass(z, at, n, 1, level, block, radices, first, roots, True)
-        return
-    _up(z, at, n, level, block, radices, first, roots)
+    _walk(z, z, n, radices, first, roots, False, True)
+
+
+@jit
+def convolve(z, h, n, radices, first, roots):
+    """Multiply the polynomial z by one whose transform is n h."""
+    _walk(z, h, n, radices, first, roots, True, True)
+
+
+@jit
+def _walk(z, h, n, radices, first, roots, down, up):
+    """The passes down, a product with h where there is also a way up, and the passes undone.
+
+    Depth first, so that a block is in cache for all that is done with it: a pass runs when its block is entered, and
+    is undone when its block is left. Blocks of `_RESIDENT` points and less run their passes in turn.
+    """
+    outer, size = 0, n
+    while size > _RESIDENT:
+        size //= radices[outer]
+        outer += 1
+    for at in range(0, n, size):
+        around = n
+        for level in range(outer):
+            if down and at % around == 0:
+                _pass(z, at, around, 1, level, at // around, radices, first, roots, False)
+            around //= radices[level]
+        if down:
+            _down(z, at, size, outer, at // size, radices, first, roots)
+        if down and up:
+            for j in range(at, at + size):
+                _multiply(z, j, h, j, False)
+        if up:
+            _up(z, at, size, outer, at // size, radices, first, roots)
+        end = at + size
+        for level in range(outer - 1, -1, -1):
+            around *= radices[level]
+            if up and end % around == 0:
+                _pass(z, end - around, around, 1, level, end // around - 1, radices, first, roots, True)
 
 
 @jit
@@ -156,7 +169,9 @@ def _pass(z, at, n, n_blocks, level, block, radices, first, roots, inverse):
     r = radices[level]
     for i in range(n_blocks):
         start, c = at + i * n, first[level] + (block + i) * 2 * (r - 1)
-        if r == 4:
+        if r == 8:
+            _butterflies(z, start, n // r, roots, c, 8, inverse)
+        elif r == 4:
             _butterflies(z, start, n // r, roots, c, 4, inverse)
         elif r == 2:
             _butterflies(z, start, n // r, roots, c, 2, inverse)
@@ -212,13 +227,13 @@ def add_row(to, to_at, source, at, width):
 
 
 @jit
-def add_product_row(to, to_at, factor, factor_at, source, at, width):
-    """to += factor * source."""
+def sum_row(to, to_at, source, at, factor, factor_at, other, other_at, width):
+    """to = source + factor * other."""
     if width * to.itemsize == VECTOR_BYTES:
-        _add_vector_product(to, to_at, factor, factor_at, source, at)
+        _sum_vector(to, to_at, source, at, factor, factor_at, other, other_at)
     else:
         for c in range(width):
-            to[to_at + c] += factor[factor_at + c] * source[at + c]
+            to[to_at + c] = source[at + c] + factor[factor_at + c] * other[other_at + c]
 
 
 class _Code:
@@ -291,7 +306,7 @@ class _Code:
 
     def dft(self, z: list) -> list:
         """sum_q z_q e^{2 pi i p q / r} for p = 0..r-1."""
-        return {2: self._dft2, 3: self._dft3, 4: self._dft4, 5: self._dft5}[len(z)](*z)
+        return {2: self._dft2, 3: self._dft3, 4: self._dft4, 5: self._dft5, 8: self._dft8}[len(z)](*z)
 
     def _dft2(self, a, b):
         return [self.add(a, b), self.sub(a, b)]
@@ -312,6 +327,18 @@ class _Code:
         middle = self.add_scaled(a, self.constant(-0.5), both)
         apart = tuple(self.builder.fmul(self.constant(np.sqrt(0.75)), x) for x in apart)
         return [self.add(a, both), *self._around(middle, apart)]
+
+    def _dft8(self, *z):
+        """Two of length 4, of the even and of the odd ones, the latter times powers of w = (1 + i) / sqrt 2."""
+        even, odd = self._dft4(*z[::2]), self._dft4(*z[1::2])
+        (a, b), (c, d), builder = odd[1], odd[3], self.builder
+        turned = builder.fsub(a, b), builder.fadd(a, b)  # sqrt 2 w times the first
+        third = builder.fadd(c, d), builder.fsub(d, c)  # -sqrt 2 w^3 times the third
+        (z0, z4), (z2, z6) = self._dft2(even[0], odd[0]), self._around(even[2], odd[2])
+        plus, minus = self.constant(np.sqrt(0.5)), self.constant(-np.sqrt(0.5))
+        z1, z5 = (self.add_scaled(even[1], factor, turned) for factor in (plus, minus))
+        z7, z3 = (self.add_scaled(even[3], factor, third) for factor in (plus, minus))
+        return [z0, z1, z2, z3, z4, z5, z6, z7]
 
     def _dft5(self, a, b, c, d, e):
         (outer, outer_apart), (inner, inner_apart) = self._dft2(b, e), self._dft2(c, d)
@@ -409,11 +436,11 @@ def _add_vector(typingctx, to, to_at, source, at):
 
 
 @_intrinsic
-def _add_vector_product(typingctx, to, to_at, factor, factor_at, source, at):
+def _sum_vector(typingctx, to, to_at, source, at, factor, factor_at, other, other_at):
     def generate(context, builder, signature, args):
-        code = _Code(context, builder, signature, args, (0, 2, 4))
-        to, factor, source = (code.load_vector(i, args[1 + 2 * i]) for i in range(3))
-        code.store((code.fma(factor, source, to),), (code.pointer(0, args[1]),))
+        code = _Code(context, builder, signature, args, (0, 2, 4, 6))
+        source, factor, other = (code.load_vector(i, args[2 * i + 1]) for i in (1, 2, 3))
+        code.store((code.fma(factor, other, source),), (code.pointer(0, args[1]),))
         return context.get_dummy_value()
 
-    return types.void(to, to_at, factor, factor_at, source, at), generate
+    return types.void(to, to_at, source, at, factor, factor_at, other, other_at), generate

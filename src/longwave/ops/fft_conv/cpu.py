@@ -22,6 +22,7 @@ from longwave.ops.threads import parallel_for
 
 _IN_CACHE = 8192  # points of a tile that the second-level cache holds
 _STEP_CHANNELS = 64
+_TAPS = 64
 
 
 class _Blocks(NamedTuple):
@@ -70,7 +71,7 @@ def backward(dy, dfinal, x, kernel, D, initial_state, reset, lengths, chunk_len)
                            blocks.documents, *blocks[1:3], *blocks.plan, *inputs.channels(tile))  # fmt: skip
 
         parallel_for(inputs.n_tiles, body)
-    dD = dkernel[:, 0].clone() if D is not None else dkernel.new_zeros(e)  # the skip is one more first tap
+    dD = dkernel[:, 0].clone()  # the skip is one more first tap
     for i, (start, end) in enumerate(_kept(inputs)):
         dx[i, history + start : history + end] += dfinal[i, len(dfinal[i]) - (end - start) :]
     dx = dx.to(x.dtype)
@@ -209,12 +210,13 @@ def _transform_filter(kernel, channel, time, taps, n, radices, first, roots, c0,
     """The transform of the taps, divided by n, which makes up for the way back."""
     h = fft.points(n, kernel)
     h[:] = 0
-    scale = 1.0 / n
-    for j in range(taps):
-        at, tap = fft.place(j, n, h), c0 * channel + j * time
+    for j0 in range(0, taps, _TAPS):  # a run of one channel's taps, and the rows that they go to, are in cache together
         for c in range(width):
-            h[at + c] = scale * kernel[tap + c * channel]
-    fft.transform(h, 0, n, 0, 0, radices, first, roots)
+            for j in range(j0, min(j0 + _TAPS, taps)):
+                h[fft.place(j, n, h) + c] = kernel[(c0 + c) * channel + j * time]
+    fft.transform(h, n, radices, first, roots)
+    for i in range(len(h)):
+        h[i] /= n
     return h
 
 
@@ -229,12 +231,13 @@ def _forward_tile(
             t1 = min(t0 + q, end)
             _read_inputs(z, n, x, x_row, x_time, state, history, e, row, max(seen, t0 - (taps - 1)), t0, t1, taps, c0,
                          width)  # fmt: skip
-            fft.convolve(z, 0, n, 0, 0, h, radices, first, roots)
+            fft.convolve(z, h, n, radices, first, roots)
             for t in range(t0, t1):
-                at = (row * l + t) * e + c0
-                fft.copy_row(y, at, z, fft.place(t - t0 + taps - 1, n, z), width)
+                at, from_z = (row * l + t) * e + c0, fft.place(t - t0 + taps - 1, n, z)
                 if len(D):
-                    fft.add_product_row(y, at, D, c0, x, row * x_row + t * x_time + c0, width)
+                    fft.sum_row(y, at, z, from_z, D, c0, x, row * x_row + t * x_time + c0, width)
+                else:
+                    fft.copy_row(y, at, z, from_z, width)
 
 
 @jit
@@ -251,19 +254,19 @@ def _backward_tile(
             _read_inputs(z, n, x, x_row, x_time, state, history, e, row, low, t0, t1, taps, c0, width)
             dz[:] = 0
             for t in range(t0, t1):
-                dy_at = row * dy_row + t * dy_time + c0
-                fft.copy_row(dz, fft.place(t - t0 + taps - 1, n, dz), dy, dy_at, width)
-                if len(D):
-                    fft.add_product_row(dx, (row * (history + l) + history + t) * e + c0, D, c0, dy, dy_at, width)
-            fft.transform(z, 0, n, 0, 0, radices, first, roots)
-            fft.transform(dz, 0, n, 0, 0, radices, first, roots)
+                at = row * dy_row + t * dy_time + c0
+                fft.copy_row(dz, fft.place(t - t0 + taps - 1, n, dz), dy, at, width)
+            fft.transform(z, n, radices, first, roots)
+            fft.transform(dz, n, radices, first, roots)
             fft.add_correlation(dh, dz, z, n)
             fft.multiply_conjugate(dz, h, n)
-            fft.untransform(dz, 0, n, 0, 0, radices, first, roots)
+            fft.untransform(dz, n, radices, first, roots)
             for t in range(low, t1):
                 at = (row * (history + l) + history + t) * e + c0
                 fft.add_row(dx, at, dz, fft.place(t - t0 + taps - 1, n, dz), width)
-    fft.untransform(dh, 0, n, 0, 0, radices, first, roots)
+                if len(D) and t >= t0:
+                    fft.sum_row(dx, at, dx, at, D, c0, dy, row * dy_row + t * dy_time + c0, width)
+    fft.untransform(dh, n, radices, first, roots)
     scale = 1.0 / n
     for j in range(taps):
         at = fft.place(j, n, dh)
