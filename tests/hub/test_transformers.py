@@ -1,4 +1,4 @@
-"""mamba, mamba2 and falcon_mamba: the other library's folders give its logits here, and ours give them there."""
+"""The families of transformers: the other library's folders give its logits here, and ours give them there."""
 
 import pytest
 import torch
@@ -7,6 +7,17 @@ from longwave.hub.export import export
 from longwave.hub.load import load
 from longwave.models.language_model import LanguageModel
 
+FALCON_H1_MULTIPLIERS = {
+    "embedding_multiplier": 2.0,
+    "lm_head_multiplier": 0.3,
+    "key_multiplier": 0.5,
+    "attention_in_multiplier": 1.5,
+    "attention_out_multiplier": 0.7,
+    "ssm_in_multiplier": 1.2,
+    "ssm_out_multiplier": 0.4,
+    "ssm_multipliers": [0.3, 0.7, 1.5, 2.0, 0.9],
+    "mlp_multipliers": [0.4, 1.7],
+}
 CASES = {
     "mamba": ("mamba", {}),
     "mamba with other biases": ("mamba", {"use_bias": True, "use_conv_bias": False}),
@@ -24,13 +35,133 @@ CASES = {
     "mamba2 with another eps": ("mamba2", {"layer_norm_epsilon": 0.1}),
     "falcon_mamba": ("falcon_mamba", {}),
     "falcon_mamba with another inner eps": ("falcon_mamba", {"mixer_rms_eps": 0.1}),
+    "jamba": ("jamba", {}),
+    "jamba, published periods": (
+        "jamba",
+        {"attn_layer_period": 8, "attn_layer_offset": 4, "num_hidden_layers": 9, "num_experts": 16},
+    ),
+    "jamba without experts, with biases": (
+        "jamba",
+        {"num_experts": 1, "mamba_proj_bias": True, "mamba_conv_bias": False, "rms_norm_eps": 0.1},
+    ),
+    "jamba, other sizes, tied": (
+        "jamba",
+        {"mamba_expand": 3, "mamba_d_conv": 3, "mamba_dt_rank": "auto", "head_dim": 16, "tie_word_embeddings": True},
+    ),
+    "jamba, 3 experts of 5 in each layer": (
+        "jamba",
+        {"num_experts": 5, "num_experts_per_tok": 3, "expert_layer_period": 1, "expert_layer_offset": 0},
+    ),
+    "bamba": ("bamba", {}),
+    "bamba with biases, another eps and base": (
+        "bamba",
+        {
+            "attention_bias": True,
+            "mlp_bias": True,
+            "mamba_proj_bias": True,
+            "mamba_conv_bias": False,
+            "rms_norm_eps": 0.1,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 50.0},
+        },
+    ),
+    "bamba with dt limits, other heads": (
+        "bamba",
+        {"time_step_limit": (0.005, 0.02), "head_dim": 12, "mamba_n_heads": 4, "attn_layer_indices": [0, 2]},
+    ),
+    "granitemoehybrid": ("granitemoehybrid", {}),
+    "granitemoehybrid with positions": (
+        "granitemoehybrid",
+        {"position_embedding_type": "rope", "num_experts_per_tok": 3},
+    ),
+    "granitemoehybrid without experts": ("granitemoehybrid", {"num_local_experts": 0, "tie_word_embeddings": True}),
+    "granitemoehybrid with biases and limits": (
+        "granitemoehybrid",
+        {"attention_bias": True, "mamba_proj_bias": True, "time_step_limit": (0.005, 0.02), "rms_norm_eps": 0.1},
+    ),
+    "granitemoehybrid, no multipliers, no attention": (
+        "granitemoehybrid",
+        {"layer_types": None}
+        | dict.fromkeys(("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling"), 1.0),
+    ),
+    "falcon_h1": ("falcon_h1", {}),
+    "falcon_h1 with multipliers": ("falcon_h1", FALCON_H1_MULTIPLIERS),
+    "falcon_h1 with norms and biases, tied": (
+        "falcon_h1",
+        {
+            "mamba_rms_norm": True,
+            "mamba_norm_before_gate": False,
+            "mamba_proj_bias": True,
+            "projectors_bias": True,
+            "attention_bias": True,
+            "mlp_bias": True,
+            "tie_word_embeddings": True,
+            "rms_norm_eps": 0.1,
+        },
+    ),
+    "falcon_h1, other sizes": (
+        "falcon_h1",
+        {
+            "mamba_rms_norm": True,
+            "mamba_d_ssm": None,
+            "mamba_n_heads": 8,
+            "head_dim": 6,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
+            "time_step_limit": (0.005, 0.02),
+            "mamba_conv_bias": False,
+        },
+    ),
+    "nemotron_h": ("nemotron_h", {}),
+    "nemotron_h with biases and another eps": (
+        "nemotron_h",
+        {
+            "hybrid_override_pattern": "M*-",
+            "use_bias": True,
+            "mlp_bias": True,
+            "use_conv_bias": False,
+            "layer_norm_epsilon": 0.1,
+            "time_step_min": 0.01,
+        },
+    ),
+    "nemotron_h with groups of experts": (
+        "nemotron_h",
+        {"n_routed_experts": 6, "n_group": 3, "topk_group": 2, "routed_scaling_factor": 2.5, "norm_topk_prob": False},
+    ),
+    "nemotron_h with latent experts": ("nemotron_h", {"layers_block_type": ["moe", "mamba"], "moe_latent_size": 20}),
 }
 FAMILIES = ["mamba", "mamba2", "falcon_mamba"]
+HYBRIDS = ["jamba", "bamba", "granitemoehybrid", "falcon_h1", "nemotron_h"]
 WRITTEN = {
     "mamba": ("mamba", {"intermediate_size": 48, "layer_norm_epsilon": 1e-3, "time_step_rank": "auto"}),
     "mamba2": ("mamba2", {"time_step_limit": (0.005, 0.02), "use_bias": True, "layer_norm_epsilon": 1e-3}),
     "mamba2, no limits": ("mamba2", {"use_conv_bias": False, "tie_word_embeddings": True}),
     "falcon_mamba": ("falcon_mamba", {"mixer_rms_eps": 1e-3, "tie_word_embeddings": False, "expand": 3}),
+    "jamba": ("jamba", {"rms_norm_eps": 1e-3, "head_dim": 16, "mamba_proj_bias": True, "expert_layer_offset": 0}),
+    "jamba, attention once, no experts": (
+        "jamba",
+        {"attn_layer_period": 3, "attn_layer_offset": 1, "num_hidden_layers": 3, "num_experts": 1},
+    ),
+    "jamba, no attention, all experts": (
+        "jamba",
+        {"attn_layer_period": 9, "attn_layer_offset": 8, "expert_layer_period": 1, "expert_layer_offset": 0},
+    ),
+    "bamba": (
+        "bamba",
+        {
+            "time_step_limit": (0.005, 0.02),
+            "mlp_bias": True,
+            "head_dim": 12,
+            "attention_bias": True,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 50.0},
+        },
+    ),
+    "bamba, no attention": ("bamba", {"attn_layer_indices": None, "mamba_proj_bias": True, "rms_norm_eps": 1e-3}),
+    "granitemoehybrid": ("granitemoehybrid", {"position_embedding_type": "rope", "attention_bias": True}),
+    "granitemoehybrid without experts": ("granitemoehybrid", {"num_local_experts": 0, "mamba_conv_bias": False}),
+    "granitemoehybrid, all attention": ("granitemoehybrid", {"layer_types": ["full_attention"] * 3}),
+    "falcon_h1": ("falcon_h1", FALCON_H1_MULTIPLIERS | {"head_dim": 6, "attention_bias": True, "rms_norm_eps": 1e-3}),
+    "falcon_h1 with norms": ("falcon_h1", {"mamba_rms_norm": True, "mamba_d_ssm": None, "mamba_n_heads": 8}),
+    "nemotron_h": ("nemotron_h", {"time_step_min": 0.01, "n_group": 2, "routed_scaling_factor": 2.5}),
+    "nemotron_h with latent experts": ("nemotron_h", {"layers_block_type": ["moe", "mamba"], "moe_latent_size": 20}),
 }
 every_case = pytest.mark.parametrize(("model_type", "options"), CASES.values(), ids=CASES)
 
@@ -63,7 +194,7 @@ def test_logits_are_theirs_whole_in_pieces_and_stepped(peer, truth, model_type, 
         torch.testing.assert_close(logits, expected, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", FAMILIES + HYBRIDS)
 def test_greedy_tokens_are_theirs(peer, truth, model_type):
     theirs, folder = peer(model_type, tie_word_embeddings=False)  # tied and random, it would repeat itself
     prompt = torch.randint(0, 97, (1, 8))
@@ -100,6 +231,20 @@ def test_bfloat16_folders_stay_bfloat16_and_lose_no_more_than_theirs(peer, truth
     assert model.embedding.weight.dtype == torch.bfloat16
     assert model.layers[0].mixer.A_log.dtype == torch.float32
     assert getattr(model.layers[0].mixer.A_log, "_no_weight_decay", False)
+    tokens = torch.randint(0, 97, (4, 21))
+    coarse = truth(theirs, tokens)
+    exact = truth(theirs.double(), tokens).double()
+    with torch.no_grad():
+        ours = model(tokens)[0].double()
+    assert (ours - exact).square().mean() <= 2**2 * (coarse - exact).square().mean()
+
+
+@pytest.mark.parametrize("model_type", HYBRIDS)
+def test_bfloat16_hybrids_lose_no_more_than_theirs(peer, truth, model_type):
+    theirs, folder = peer(model_type, torch.bfloat16)
+    model = load(folder).model
+    decays = [parameter for name, parameter in model.named_parameters() if name.endswith("A_log")]
+    assert {parameter.dtype for parameter in decays} == {torch.float32}
     tokens = torch.randint(0, 97, (4, 21))
     coarse = truth(theirs, tokens)
     exact = truth(theirs.double(), tokens).double()
