@@ -1,4 +1,5 @@
-"""Elementary functions for Numba kernels that LLVM can vectorise: exp2, exp, sigmoid, silu, silu_slope, softplus.
+"""Elementary functions for Numba kernels that LLVM can vectorise: exp2, exp, cos_sin, sigmoid, silu, silu_slope,
+softplus.
 
 float32 gets branch-free polynomials (relative error 1e-7 to 3e-7; results below about 1e-38 become 0).
 Anything else gets the exact functions of libm. NaN comes out as NaN in both.
@@ -29,8 +30,18 @@ _LOG2E_HIGH = float(np.float32(_LOG2E))
 _LOG2E_LOW = _LOG2E - _LOG2E_HIGH
 # Adding this to t leaves round(t) + 126 in the low bits of the sum.
 _ROUND = 1.5 * 2**23 + 126
+_WHOLE = 1.5 * 2**23  # leaves round(t)
 # 2 atanh(r) / r in powers of r^2 for r in [0, 1/3]: minimax, relative error 4e-9.
 _ATANH = (2.0, 0.6666631698608398, 0.40024909377098083, 0.27960601449012756, 0.2817833721637726)
+
+# 2/pi and pi/2, each as a float32 and what it lacks.
+_QUARTERS = float(np.float32(2 / math.pi))
+_QUARTERS_LOW = 2 / math.pi - _QUARTERS
+_QUARTER = float(np.float32(math.pi / 2))
+# sin(pi/2 r) / r less _QUARTER, and (cos(pi/2 r) - 1) / r^2, in powers of r^2 for |r| <= 1/2: minimax in relative error
+# (4e-9 and 2e-9), the first among those exact at 0.
+_SIN = (math.pi / 2 - _QUARTER, -0.645963630198, 0.0796814128062, -0.00460483418196)
+_COS = (-1.23370055209, 0.253669583367, -0.0208632350975, 0.000911073365927)
 
 _f32 = ir.FloatType()
 _i32 = ir.IntType(32)
@@ -60,9 +71,7 @@ def _exp2_float32(builder: Any, x: Any, factor: tuple[float, float]) -> Any:
     f = _fma(builder, x, high, builder.fneg(n))
     if factor[1]:
         f = _fma(builder, x, low, f)
-    result = _const(_EXP2[-1])
-    for coefficient in reversed(_EXP2[:-1]):
-        result = _fma(builder, result, f, _const(coefficient))
+    result = _polynomial(builder, f, _EXP2)
     exponent = builder.shl(builder.bitcast(shifted, _i32), ir.Constant(_i32, 23))
     scale = builder.bitcast(exponent, _f32)  # 2^(n-1), or 0 for n = -126
     return builder.fmul(result, scale)
@@ -79,6 +88,62 @@ def _exp_intrinsic(typingctx, x):
     return types.float32(types.float32), lambda ctx, builder, sig, args: _exp2_float32(builder, args[0], factor)
 
 
+def _cos_sin_float32(builder: Any, step: Any, rate: Any) -> tuple[Any, Any]:
+    """With step * rate = pi/2 (k + r) for the nearest integer k: cosine and sine of pi/2 r, turned by k quarters.
+
+    The product is not rounded, and r has all its digits as long as k has at most 22 bits. Beyond, the results only stay
+    within their bounds.
+    """
+    high = builder.fmul(rate, _const(_QUARTERS), flags=("nsz",))
+    low = _fma(builder, rate, _const(_QUARTERS), builder.fneg(high))
+    low = _fma(builder, rate, _const(_QUARTERS_LOW), low)
+    first, k = _nearest(builder, step, high)
+    r = _fma(builder, step, low, _fma(builder, step, high, builder.fneg(k)))
+    second, k = _nearest(builder, r, _const(1.0))  # `low` may have led past one half
+    r = builder.fsub(r, k, flags=("nsz",))
+    for bound, sign in ((-0.5, "<"), (0.5, ">")):
+        r = builder.select(builder.fcmp_ordered(sign, r, _const(bound)), _const(bound), r)
+
+    square = builder.fmul(r, r)
+    sine = builder.fmul(r, _polynomial(builder, square, _SIN))
+    sine = _fma(builder, r, _const(_QUARTER), sine)
+    cosine = _fma(builder, square, _polynomial(builder, square, _COS), _const(1.0))
+    quarters = builder.add(builder.bitcast(first, _i32), builder.bitcast(second, _i32))  # its last bits are those of k
+    odd = builder.trunc(quarters, ir.IntType(1))
+    cosine, sine = builder.select(odd, sine, cosine), builder.select(odd, cosine, sine)
+    after = builder.add(quarters, ir.Constant(_i32, 1))
+    return _negate_if(builder, cosine, after), _negate_if(builder, sine, quarters)
+
+
+def _nearest(builder: Any, x: Any, factor: Any) -> tuple[Any, Any]:
+    """The integer nearest to x * factor; and before it, a number in whose last bits it stands."""
+    shifted = _fma(builder, x, factor, _const(_WHOLE))
+    return shifted, builder.fsub(shifted, _const(_WHOLE), flags=("nsz",))
+
+
+def _negate_if(builder: Any, x: Any, bits: Any) -> Any:
+    """-x where the second bit is set."""
+    sign = builder.and_(builder.shl(bits, ir.Constant(_i32, 30)), ir.Constant(_i32, 0x80000000))
+    return builder.bitcast(builder.xor(builder.bitcast(x, _i32), sign), _f32)
+
+
+def _polynomial(builder: Any, x: Any, coefficients: tuple[float, ...]) -> Any:
+    result = _const(coefficients[-1])
+    for coefficient in reversed(coefficients[:-1]):
+        result = _fma(builder, result, x, _const(coefficient))
+    return result
+
+
+@intrinsic
+def _cos_sin_intrinsic(typingctx, step, rate):
+    pair = types.UniTuple(types.float32, 2)
+
+    def generate(context, builder, signature, args):
+        return context.make_tuple(builder, pair, _cos_sin_float32(builder, *args))
+
+    return pair(types.float32, types.float32), generate
+
+
 def exp2(x):
     """2^x."""
     return math.exp2(x)
@@ -87,6 +152,11 @@ def exp2(x):
 def exp(x):
     """e^x."""
     return math.exp(x)
+
+
+def cos_sin(step, rate):
+    """Cosine and sine of step * rate. In float32 the product is not rounded before whole turns are taken off."""
+    return math.cos(step * rate), math.sin(step * rate)
 
 
 def sigmoid(x):
@@ -122,6 +192,13 @@ def _exp(x):
     if x == types.float32:
         return lambda x: _exp_intrinsic(x)  # pyright: ignore[reportCallIssue]
     return lambda x: np.exp(x)
+
+
+@overload(cos_sin)
+def _cos_sin(step, rate):
+    if step == types.float32 and rate == types.float32:
+        return lambda step, rate: _cos_sin_intrinsic(step, rate)  # pyright: ignore[reportCallIssue]
+    return lambda step, rate: (math.cos(step * rate), math.sin(step * rate))
 
 
 @overload(sigmoid, jit_options=OPTIONS)

@@ -4,13 +4,17 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from longwave.ops.checks import check_documents, check_shape, state_dtype
 from longwave.ops.diagonal_scan import reference
-from longwave.ops.register import Impl, use_kernel
+from longwave.ops.register import Impl, define, use_kernel
 
 Method = Literal["zoh", "bilinear", "euler", "dirac"]
 METHODS = ("zoh", "bilinear", "euler", "dirac")
+
+# Tokens between the states that the forward keeps for the backward, which computes those in between again.
+_CHUNK_LEN = 32
 
 
 def diagonal_scan(
@@ -60,8 +64,13 @@ def diagonal_scan(
     _check("diagonal_scan", u, dt, A, B, C, D, method)
     check_shape("diagonal_scan", "initial_state", initial_state, (b, *A.shape), "(b, e, n, 2)")
     check_documents("diagonal_scan", reset, lengths, b, l)
-    use_kernel("diagonal_scan", impl, u)
-    return reference.diagonal_scan(u, dt, A, B, C, D, method, initial_state, reset, lengths)
+    arguments = (u, dt, A, B, C, D, initial_state, reset, lengths)
+    if not use_kernel("diagonal_scan", impl, u):
+        return reference.diagonal_scan(*arguments, method)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in arguments):
+        return _DiagonalScan.apply(*arguments, method)
+    y, final_state, _ = _forward(*arguments, method, 0)
+    return y.to(u.dtype), final_state
 
 
 def diagonal_scan_step(
@@ -86,8 +95,10 @@ def diagonal_scan_step(
         raise TypeError(
             f"diagonal_scan_step: state must be {state_dtype(u.dtype)} for u in {u.dtype}, got {state.dtype}"
         )
+    if use_kernel("diagonal_scan_step", "fused", u):
+        return _step(state, u, dt, A, B, C, D, method)
     with torch.no_grad():
-        y, final = reference.diagonal_scan(u[:, None], dt[:, None], A, B, C, D, method, state, None, None)
+        y, final = reference.diagonal_scan(u[:, None], dt[:, None], A, B, C, D, state, None, None, method)
         state.copy_(final)
         return y[:, 0]
 
@@ -113,3 +124,64 @@ def _check(op, u, dt, A, B, C, D, method) -> None:
     for name, tensor in (("u", u), ("dt", dt), ("A", A), ("B", B), ("C", C), ("D", D)):
         if tensor is not None and not tensor.is_floating_point():
             raise TypeError(f"{op}: {name} must be floating point, got {tensor.dtype}; see torch.view_as_real")
+
+
+def _fake_forward(u, dt, A, B, C, D, initial_state, reset, lengths, method, chunk_len):
+    b, l, e = dt.shape
+    n = A.shape[1]
+    dtype = state_dtype(u.dtype)
+    chunks = -(-l // chunk_len) if chunk_len and B is not None else 0
+    lanes, modes = (e * n, 1) if B is None else (e, n)
+    y = u.new_empty(u.shape, dtype=dtype if B is None else u.dtype)
+    return y, u.new_empty(b, e, n, 2, dtype=dtype), u.new_empty(b, chunks, 2, modes, lanes, dtype=dtype)
+
+
+def _fake_backward(dy, dfinal, states, u, dt, A, B, C, D, initial_state, *_):
+    given = (u, dt, A, B, C, D, initial_state)
+    return tuple(u.new_empty(0) if t is None else t.new_empty(t.shape) for t in given)
+
+
+_ARGUMENTS = (
+    "Tensor u, Tensor dt, Tensor A, Tensor? B, Tensor? C, Tensor? D, Tensor? initial_state, Tensor? reset, "
+    "Tensor? lengths, str method, int chunk_len"
+)
+_forward = define(
+    # y, in the states' dtype if it is states; the final state; and the states before tokens 0, chunk_len, ... with B
+    # and C, (b, chunks, 2, n, e), none if chunk_len is 0.
+    f"diagonal_scan_forward({_ARGUMENTS}) -> (Tensor, Tensor, Tensor)",
+    fake=_fake_forward,
+    cpu="longwave.ops.diagonal_scan.cpu:forward",
+)
+_backward = define(
+    # The gradients of u to initial_state; empty where there was none.
+    f"diagonal_scan_backward(Tensor dy, Tensor dfinal, Tensor states, {_ARGUMENTS}) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    fake=_fake_backward,
+    cpu="longwave.ops.diagonal_scan.cpu:backward",
+)
+_step = define(
+    "diagonal_scan_step(Tensor(a!) state, Tensor u, Tensor dt, Tensor A, Tensor? B, Tensor? C, Tensor? D, str method) "
+    "-> Tensor",
+    fake=lambda state, u, *rest: u.new_empty(u.shape),
+    cpu="longwave.ops.diagonal_scan.cpu:step",
+    step=True,
+)
+
+
+class _DiagonalScan(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *arguments):
+        *inputs, method = arguments
+        u, B = inputs[0], inputs[3]
+        y, final_state, states = _forward(*inputs, method, _CHUNK_LEN)
+        ctx.save_for_backward(y if B is None else states, *inputs)
+        ctx.method = method
+        return y.to(u.dtype), final_state
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy, dfinal):  # pyright: ignore[reportIncompatibleMethodOverride]
+        states, *inputs = ctx.saved_tensors
+        grads = _backward(dy, dfinal, states, *inputs, ctx.method, _CHUNK_LEN)
+        given = (None if t is None else grad for t, grad in zip(inputs, grads, strict=False))
+        return (*given, None, None, None)

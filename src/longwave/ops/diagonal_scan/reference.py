@@ -20,10 +20,10 @@ def diagonal_scan(
     B: Tensor | None,  # (e, n, 2)
     C: Tensor | None,  # (e, n, 2)
     D: Tensor | None,  # (e,)
-    method: str,
     initial_state: Tensor | None,  # (b, e, n, 2)
     reset: Tensor | None,  # (b, l)
     lengths: Tensor | None,  # (b,)
+    method: str,
 ) -> tuple[Tensor, Tensor]:
     b = u.shape[0]
     dtype = state_dtype(u.dtype)

@@ -57,7 +57,7 @@ def vandermonde_state(
     check_shape("vandermonde_state", "initial_state", initial_state, (b, *dtA.shape), "(b, e, n, 2)")
     check_shape("vandermonde_state", "lengths", lengths, (b,), "(b,)")
     fused = use_kernel("vandermonde_state", impl, u)
-    sums = (_Moments.apply if fused else reference.moments)(_newest_first(u, lengths), dtA)  # (b, e, n, 2)
+    sums = (_Moments.apply if fused else reference.moments)(newest_first(u, lengths), dtA)  # (b, e, n, 2)
     final = _times(sums, B)
     if initial_state is None:
         return final
@@ -97,7 +97,7 @@ def _check_modes(op: str, weights_name: str, weights: Tensor, modes_name: str, m
             raise TypeError(f"{op}: {name} must be floating point pairs, got {tensor.dtype}; see torch.view_as_real")
 
 
-def _newest_first(u: Tensor, lengths: Tensor | None) -> Tensor:
+def newest_first(u: Tensor, lengths: Tensor | None) -> Tensor:
     """u (b, l, e) -> (b, e, l): each row's last token first, and zeros behind its first."""
     if lengths is None:
         return u.flip(1).transpose(1, 2)

@@ -1,8 +1,8 @@
 """Kernel generation on the CPU, in parallel over channels. docs/ops/ssm_kernel.md has the algebra.
 
-Vandermonde: with t = i q + j, exp(t a) = X_i E_j, X_i = exp(i q a) and E_j = exp(j a). Only these are computed, by short
-recurrences in float64; all else is a product of two small real matrices, whose rows or columns are the real parts of
-all modes and then the imaginary ones. q is `_FINE`, and `_COARSE` of the X are in memory at a time.
+Vandermonde: with t = i q + j, exp(t a) = X_i E_j, X_i = exp(i q a) and E_j = exp(j a). Only these are computed, by
+short recurrences in float64; all else is a product of two small real matrices, in which the real parts of all modes
+stand before the imaginary ones. q is `_FINE`, and `_COARSE` of the X are in memory at a time.
 """
 
 import math
@@ -191,9 +191,9 @@ def _starts(modes, l):
 
 @jit
 def _coarse_powers(modes, powers, count, rows, width):
-    """rows[i, k] = Re (p_k X_i), rows[i, n+k] = Im (p_k X_i), where p is powers[0] + i powers[1]; rows are `width` apart.
+    """rows[i, k] = Re (p_k X_i) and rows[i, n+k] = Im (p_k X_i), where p is powers[0] and i powers[1].
 
-    What is subnormal becomes 0.
+    Rows are `width` apart. What is subnormal becomes 0.
     """
     n = len(modes)
     re, im, step_re, step_im = powers[0], powers[1], powers[2], powers[3]
