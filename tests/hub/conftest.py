@@ -105,14 +105,14 @@ def _quiet():
 def peer(tmp_path):
     """peer(model_type, dtype, **options): transformers' model, all tensors perturbed, and the folder it saved."""
 
-    def make(model_type, dtype=torch.float32, **options):
+    def make(model_type, dtype=torch.float32, shake=0.1, **options):
         from transformers import AutoConfig, AutoModelForCausalLM
 
         config = AutoConfig.for_model(model_type, vocab_size=97, **(SIZES[model_type] | options))
         model = AutoModelForCausalLM.from_config(config, experts_implementation="eager").eval()  # in float64 too
         with torch.no_grad():
             for tensor in model.state_dict().values():
-                tensor.add_(0.1 * torch.randn_like(tensor))
+                tensor.add_(shake * torch.randn_like(tensor))
         folder = tmp_path / model_type
         model.to(dtype).save_pretrained(folder)
         return model, folder

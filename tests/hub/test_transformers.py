@@ -196,7 +196,8 @@ def test_logits_are_theirs_whole_in_pieces_and_stepped(peer, truth, model_type, 
 
 @pytest.mark.parametrize("model_type", FAMILIES + HYBRIDS)
 def test_greedy_tokens_are_theirs(peer, truth, model_type):
-    theirs, folder = peer(model_type, tie_word_embeddings=False)  # tied and random, it would repeat itself
+    # Tied, or with layers that do little, it would repeat itself.
+    theirs, folder = peer(model_type, shake=0.3, tie_word_embeddings=False)
     prompt = torch.randint(0, 97, (1, 8))
     tokens = prompt
     for _ in range(64):
