@@ -24,6 +24,8 @@ class ScriptModel(nn.Module):
     What it has seen makes no difference. Its state is the number of tokens; `steps` counts calls of `step`.
     """
 
+    causal = True
+
     def __init__(self, script: list[int], vocab_size: int = 257):
         super().__init__()
         self.config = SimpleNamespace(vocab_size=vocab_size)

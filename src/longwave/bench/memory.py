@@ -2,7 +2,7 @@
 
 import torch
 
-from longwave.models.language_model import LanguageModel
+from longwave.models.token_model import TokenModel
 from longwave.tasks.progress import ProgressLine
 from longwave.training.memory import held
 
@@ -10,7 +10,7 @@ START = 100  # tokens after which growth counts
 
 
 @torch.inference_mode()
-def decode_memory(model: LanguageModel, prompt: list[int], n: int) -> dict:
+def decode_memory(model: TokenModel, prompt: list[int], n: int) -> dict:
     """Bytes of the state and of the process after START and after `n` greedy tokens, and the growth between."""
     device = torch.device("cpu")
     hidden, state = model.hidden(torch.tensor([prompt]))

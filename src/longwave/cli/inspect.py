@@ -13,10 +13,11 @@ from longwave.config import nearest, to_dict
 from longwave.errors import UsageError
 from longwave.hub.folder import find_folder, open_weights
 from longwave.hub.load import DTYPES, model_config
-from longwave.models.language_model import LanguageModel
+from longwave.models import kinds
 from longwave.models.pattern import pattern_of
 from longwave.models.presets import PRESETS
 from longwave.models.saving import open_safetensors
+from longwave.models.token_model import TokenModel
 
 app = make_app(
     "inspect",
@@ -53,7 +54,7 @@ def inspect(
         raise UsageError(f"--length must be at least 1, got {wrong[0]}")
     config, stored = _find(model)
     with torch.device("meta"):
-        empty = LanguageModel(config).to(DTYPES[dtype] if dtype else stored)
+        empty = kinds.build(config).to(DTYPES[dtype] if dtype else stored)
     described = describe(empty, length)
     if json:
         print_json(described | {"config": to_dict(config)})
@@ -61,24 +62,27 @@ def inspect(
     weights = f"{described['weight_bytes'] / 2**20:,.1f} MiB in {described['dtype']}"
     print(f"{model}: {described['layers']}")
     print(f"d_model {config.d_model}, vocabulary {config.vocab_size:,}")
-    print(f"{described['parameters']:,} parameters, {weights}\n")
+    active = described["active_parameters"]
+    active = f" ({active:,} work on a token)" if active < described["parameters"] else ""
+    print(f"{described['parameters']:,} parameters{active}, {weights}\n")
     print(f"{'tokens':>10}  {'forward GFLOPs':>14}  {'state MiB':>10}")
     for row in described["lengths"]:
         print(f"{row['length']:>10,}  {row['flops'] / 1e9:>14,.1f}  {row['state_bytes'] / 2**20:>10,.2f}")
 
 
-def describe(model: LanguageModel, lengths: tuple[int, ...]) -> dict:
+def describe(model: TokenModel, lengths: tuple[int, ...]) -> dict:
     """What `inspect` shows, as plain values. FLOPs and state bytes are of one sequence."""
     return {
         "layers": pattern_of(model.config.layers),
         "parameters": model.parameter_count(),
+        "active_parameters": model.active_parameter_count(),
         "weight_bytes": sum(parameter.nbytes for parameter in model.parameters()),
         "dtype": str(model.embedding.weight.dtype).removeprefix("torch."),
         "lengths": [{"length": n, "flops": model.flops(n), "state_bytes": model.state_bytes(n)} for n in lengths],
     }
 
 
-def _find(model: str) -> tuple[LanguageModel.Config, torch.dtype]:
+def _find(model: str) -> tuple[kinds.TokenModelConfig, torch.dtype]:
     """The configuration, and the dtype that the largest of the stored tensors has."""
     if model in PRESETS and not Path(model).exists():
         return PRESETS[model](), torch.float32

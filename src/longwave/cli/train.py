@@ -12,6 +12,7 @@ from longwave.cli.options import chosen, make_app, options_of, print_json, read_
 from longwave.config import nearest
 from longwave.errors import UsageError
 from longwave.hub.run_folder import complete_checkpoints
+from longwave.models import kinds
 from longwave.models.blocks import LAYERS
 from longwave.models.language_model import LanguageModel
 from longwave.models.pattern import layers_from
@@ -94,14 +95,14 @@ def run_config(model: str, d_model: int | None, task: Text.Config, run: dict[str
     return Train.Config(model=_model_config(model, d_model, task.tokenizer), task=task, **run)
 
 
-def _model_config(model: str, d_model: int | None, tokenizer: str) -> LanguageModel.Config | str:
+def _model_config(model: str, d_model: int | None, tokenizer: str) -> kinds.TokenModelConfig | str:
     is_file = model.endswith(".json")
     if d_model is not None and (is_file or model in PRESETS):
         raise UsageError(f"--d-model {d_model} is for a model given as layers; {model} has a width of its own")
     if model in PRESETS:
         return model
     if is_file:
-        return LanguageModel.Config.from_dict(read_json(Path(model)))
+        return kinds.config_from(read_json(Path(model)))
     if "-" in model and " " not in model:
         raise UsageError(f"there is no preset {model!r}.{nearest(model, PRESETS)}")
     layers = layers_from(model)

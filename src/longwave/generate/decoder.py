@@ -9,8 +9,8 @@ from torch import Tensor
 from longwave.errors import LongwaveError, UsageError
 from longwave.generate.prefill import prefill
 from longwave.generate.sampling import Sampler, Sampling
-from longwave.models.language_model import LanguageModel
 from longwave.models.state import State
+from longwave.models.token_model import TokenModel
 
 _BLOCK = 64  # attention layers make room for this many tokens, or an eighth of what they hold, at a time
 
@@ -42,7 +42,7 @@ class Decoder:
 
     def __init__(
         self,
-        model: LanguageModel,
+        model: TokenModel,
         prompts: Sequence[Sequence[int]],
         sampling: Sampling | None = None,
         *,

@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from longwave.errors import UsageError
-from longwave.models.language_model import LanguageModel
 from longwave.models.state import State
+from longwave.models.token_model import TokenModel
 
 
 def prefill(
-    model: LanguageModel, prompts: Sequence[Sequence[int]], state: State | None = None, *, chunk_len: int = 512
+    model: TokenModel, prompts: Sequence[Sequence[int]], state: State | None = None, *, chunk_len: int = 512
 ) -> tuple[Tensor, State]:
     """Feed b prompts of one token or more, of any lengths, after `state` (b rows, or one that serves them all).
 
@@ -41,7 +41,7 @@ def prefill(
         return model.head(last), state
 
 
-def check_prompts(model: LanguageModel, prompts: Sequence[Sequence[int]], chunk_len: int) -> None:
+def check_prompts(model: TokenModel, prompts: Sequence[Sequence[int]], chunk_len: int) -> None:
     """Raise UsageError unless every prompt holds a token, and only tokens of the vocabulary."""
     v = model.config.vocab_size
     if chunk_len < 1:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from longwave.models.language_model import LanguageModel
 from longwave.models.loss import linear_cross_entropy
+from longwave.models.token_model import TokenModel
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Score:
         return -self.total / math.log(2) / self.n_bytes if self.n_bytes else None
 
 
-def token_logprobs(model: LanguageModel, tokens: Sequence[int], *, chunk_len: int = 512) -> Tensor:
+def token_logprobs(model: TokenModel, tokens: Sequence[int], *, chunk_len: int = 512) -> Tensor:
     """Log-probabilities (l - 1,) float32 of tokens[1:], each given all before it, on the CPU. No gradient.
 
     The model reads `chunk_len` tokens at a time and carries its state from one chunk to the next.

@@ -13,8 +13,8 @@ from longwave.generate.prefill import check_prompts
 from longwave.generate.sampling import Sampling
 from longwave.generate.score import Score, token_logprobs
 from longwave.generate.transcript import Completion, FinishReason, Piece, Transcript
-from longwave.models.language_model import LanguageModel
 from longwave.models.state import State
+from longwave.models.token_model import TokenModel
 from longwave.tasks.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]
@@ -25,7 +25,8 @@ class TextModel:
     """A language model with its tokenizer. `longwave.load(path)` returns one.
 
     `tokenizer` may be None, for a checkpoint that came without: then prompts are token ids, and pieces hold ids alone.
-    Raises UsageError if the tokenizer's vocabulary does not fit the model's.
+    Raises UsageError if the tokenizer's vocabulary does not fit the model's, and for a model with bidirectional layers,
+    which cannot say what comes next.
 
         model = longwave.load("runs/hello")
         for piece in model.generate("The sea", temperature=0.8, seed=0):
@@ -46,12 +47,17 @@ class TextModel:
     where there is no tokenizer, and LongwaveError if the model's logits are not finite.
     """
 
-    def __init__(self, model: LanguageModel, tokenizer: Tokenizer | None):
+    def __init__(self, model: TokenModel, tokenizer: Tokenizer | None):
         v = model.config.vocab_size
         if tokenizer is not None and not 0 <= v - tokenizer.vocab_size < _MOST_PADDING:
             raise UsageError(
                 f"the tokenizer has {tokenizer.vocab_size} tokens and the model {v}; they do not belong together. "
                 "Use the tokenizer that the model was trained with"
+            )
+        if not model.causal:
+            raise UsageError(
+                "a model with bidirectional layers sees what it would have to foretell, and writes no text; "
+                "LanguageModel.load(folder) loads it, and longwave.models.heads puts it to use"
             )
         self.model = model
         self.tokenizer = tokenizer

@@ -13,12 +13,12 @@ from longwave.generate.text_model import TextModel
 from longwave.hub import FORMATS
 from longwave.hub.folder import WEIGHT_FILES
 from longwave.hub.keys import to_published
-from longwave.models.language_model import LanguageModel
 from longwave.models.saving import first_line, replacing, write_safetensors, write_text
+from longwave.models.token_model import TokenModel
 from longwave.tasks.tokenizer import Tokenizer
 
 
-def export(model: TextModel | LanguageModel, folder: str | Path, format: str) -> None:
+def export(model: TextModel | TokenModel, folder: str | Path, format: str) -> None:
     """Write config.json, the weights in their dtypes, and the tokenizer if there is one, as `format` has them.
 
     `format` is a key of `FORMATS`. Other files in the folder stay. Raises UsageError, with nothing written, for an
@@ -45,7 +45,7 @@ def export(model: TextModel | LanguageModel, folder: str | Path, format: str) ->
         tokenizer.save(folder)
 
 
-def _for_transformers(model: LanguageModel, tokenizer: Tokenizer | None) -> dict[str, Any]:
+def _for_transformers(model: TokenModel, tokenizer: Tokenizer | None) -> dict[str, Any]:
     """What transformers reads beside the architecture. Ids left out would be those of another tokenizer."""
     end = None if tokenizer is None else tokenizer.end
     dtype = str(model.embedding.weight.dtype).removeprefix("torch.")

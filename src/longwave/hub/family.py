@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 from longwave.hub.keys import Rename
-from longwave.models.language_model import LanguageModel
+from longwave.models.kinds import TokenModelConfig
 
 
 class Family(Protocol):
@@ -24,14 +24,14 @@ class Family(Protocol):
         """Does this config.json belong to the family?"""
         ...
 
-    def config_from(self, config: Mapping[str, Any]) -> LanguageModel.Config:
+    def config_from(self, config: Mapping[str, Any]) -> TokenModelConfig:
         """The model it describes. Raises UsageError that names an option which longwave lacks."""
         ...
 
-    def config_to(self, model: LanguageModel.Config) -> dict[str, Any]:
+    def config_to(self, model: Any) -> dict[str, Any]:
         """The config.json of a model. Raises UsageError that says what the format cannot express."""
         ...
 
-    def rename(self, model: LanguageModel.Config) -> Rename:
+    def rename(self, model: Any) -> Rename:
         """{module of ours: its published name, or the layout of its tensors}, read as `hub.keys` says."""
         ...

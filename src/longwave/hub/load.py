@@ -13,8 +13,9 @@ from longwave.hub import FORMATS
 from longwave.hub.family import Family
 from longwave.hub.folder import find_folder, open_weights, read_config
 from longwave.hub.keys import to_ours
-from longwave.models.language_model import LanguageModel
+from longwave.models import kinds
 from longwave.models.saving import Stored, fill
+from longwave.models.token_model import TokenModel
 from longwave.tasks.tokenizer import load_tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
@@ -33,21 +34,21 @@ def load(path: str | Path, *, dtype: torch.dtype | str | None = None, device: to
     folder, wanted = find_folder(path), _dtype(dtype)
     config = read_config(folder)
     if _is_own(config):
-        model = LanguageModel.load(folder, device=device)
+        model = kinds.load(folder, device=device)
         model = model if wanted is None else model.to(wanted)
     else:
         model = _load_foreign(find_family(config), config, folder, wanted, device)
     return TextModel(model, load_tokenizer(folder))
 
 
-def model_config(path: str | Path) -> LanguageModel.Config:
+def model_config(path: str | Path) -> kinds.TokenModelConfig:
     """The configuration of the model that `load` would load. Reads no weights. Raises as `load` does."""
     config = read_config(find_folder(path))
-    return LanguageModel.Config.from_dict(config) if _is_own(config) else find_family(config).config_from(config)
+    return kinds.config_from(config) if _is_own(config) else find_family(config).config_from(config)
 
 
 def _is_own(config: Mapping[str, Any]) -> bool:
-    return config.get("kind") == LanguageModel.Config.kind
+    return "kind" in config
 
 
 def find_family(config: Mapping[str, Any]) -> Family:
@@ -74,10 +75,10 @@ def _load_foreign(
     folder: Path,
     dtype: torch.dtype | None,
     device: torch.device | str,
-) -> LanguageModel:
+) -> TokenModel:
     model_config = family.config_from(config)
     with torch.device("meta"):
-        model = LanguageModel(model_config)
+        model = kinds.build(model_config)
     rename = family.rename(model_config)
     stored = {family.ALIASES.get(name, name): tensor for name, tensor in open_weights(folder).items()}
     embedding, head = f"{rename['embedding']}.weight", f"{rename['lm_head']}.weight"

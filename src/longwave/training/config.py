@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from longwave.errors import UsageError
-from longwave.models.language_model import LanguageModel
+from longwave.models.kinds import TokenModelConfig
 from longwave.tasks.text import Text
 
 
@@ -58,7 +58,7 @@ class Train:
 
     @dataclass(frozen=True, kw_only=True)
     class Config:
-        model: LanguageModel.Config | str
+        model: TokenModelConfig | str
         """A model's configuration, or the name of a preset, which then takes the tokenizer's vocabulary size."""
 
         task: Text.Config

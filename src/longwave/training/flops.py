@@ -2,7 +2,7 @@
 
 import torch
 
-from longwave.models.language_model import LanguageModel
+from longwave.models.token_model import TokenModel
 
 PEAK_BFLOAT16 = {
     "H200": 989e12,
@@ -14,7 +14,7 @@ PEAK_BFLOAT16 = {
 """Dense bfloat16 FLOP/s with float32 accumulation, from the maker's data sheets (SXM forms), by part of the name."""
 
 
-def flops_per_token(model: LanguageModel, length: int) -> float:
+def flops_per_token(model: TokenModel, length: int) -> float:
     """Operations that training spends on a token in sequences of `length`: forward, and twice that backward."""
     return 3 * model.flops(length) / length
 

@@ -11,7 +11,8 @@ from torch import Tensor
 from longwave.config import nearest
 from longwave.errors import UsageError
 from longwave.generate.text_model import TextModel
-from longwave.models.language_model import LanguageModel
+from longwave.mixers.moe import balance_loss, record_routing
+from longwave.models import kinds
 from longwave.models.presets import PRESETS
 from longwave.tasks.text import IGNORE, Batch, Text
 from longwave.training.config import Train
@@ -27,9 +28,9 @@ class Job:
         self.task = Text(config.task)
         torch.manual_seed(config.seed)
         if checkpoint:
-            self.model = LanguageModel.load(checkpoint)
+            self.model = kinds.load(checkpoint)
         else:
-            self.model = LanguageModel(model_config(config.model, self.task.tokenizer.vocab_size))
+            self.model = kinds.build(model_config(config.model, self.task.tokenizer.vocab_size))
         self.model.to(self.device)
         self.text_model = TextModel(self.model, self.task.tokenizer)
         self.optimizer = adamw(self.model, config.optim)
@@ -42,6 +43,7 @@ class Job:
     def gradients(self, step: int) -> Tensor:
         """Put the gradients of step number `step` into the parameters; return its loss, nats per token, as a scalar.
 
+        The gradients are also those of the experts' balance loss, if there are experts; the loss returned is without.
         A pure function of the weights and the step: the batches are, and torch's randomness is seeded from it. Passes
         are weighted by the tokens they predict, so that accumulation equals one larger batch.
         """
@@ -53,8 +55,10 @@ class Job:
         n = max(sum(int((batch.targets != IGNORE).sum()) for batch in batches), 1)
         total = torch.zeros((), device=self.device)
         for batch in batches:
-            loss = self._summed_loss(batch) / n
-            loss.backward()
+            with record_routing(self.model) as routed:
+                loss = self._summed_loss(batch) / n
+            share = int((batch.targets != IGNORE).sum()) / n
+            (loss + share * balance_loss(routed)).backward()
             total += loss.detach()
         return total
 
@@ -91,7 +95,7 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def model_config(model: LanguageModel.Config | str, vocab_size: int) -> LanguageModel.Config:
+def model_config(model: kinds.TokenModelConfig | str, vocab_size: int) -> kinds.TokenModelConfig:
     """A preset by name, with the tokenizer's vocabulary; a configuration as it is, if that vocabulary fits in."""
     if isinstance(model, str):
         if model not in PRESETS:

@@ -8,8 +8,8 @@ from torch import Tensor
 from longwave.bench.peers import AUTOCAST
 from longwave.bench.peers.torch_training import TorchTrainable
 from longwave.hub.load import load
-from longwave.models.language_model import LanguageModel
 from longwave.models.state import State
+from longwave.models.token_model import TokenModel
 
 
 def open_peer(folder: Path, precision: str, n_threads: int) -> "Longwave":
@@ -24,7 +24,7 @@ def open_trainable(folder: Path, precision: str, n_threads: int) -> TorchTrainab
 class Longwave:
     """Logits are computed for the last token alone."""
 
-    def __init__(self, model: LanguageModel):
+    def __init__(self, model: TokenModel):
         self.model = model
         self._state: State | None = None
 
