@@ -1,8 +1,9 @@
-"""Published sizes have the published numbers of parameters."""
+"""Published sizes have the published numbers of parameters, and keep the published amount of state."""
 
 import pytest
 import torch
 
+from longwave.mixers import Attention, Mamba, Mamba2, MoE, SwiGLU
 from longwave.models.language_model import LanguageModel
 from longwave.models.presets import PRESETS
 
@@ -40,12 +41,19 @@ TRANSFORMERS = {
 }
 
 
+HYBRIDS = ["jamba-v0.1", "bamba-9b"]
+
+
 def build(name):
+    return on_meta(PRESETS[name]())
+
+
+def on_meta(config):
     with torch.device("meta"):
-        return LanguageModel(PRESETS[name]())
+        return LanguageModel(config)
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", [name for name in PRESETS if name not in HYBRIDS])
 def test_parameter_count(name):
     count = build(name).parameter_count()
     expected = PUBLISHED.get(name) or TRANSFORMERS.get(name) or exact(name)
@@ -69,7 +77,75 @@ def test_the_other_library_s_shapes(name, oracle):
     assert shapes[0] == shapes[1]
 
 
-def test_state_of_published_sizes():
+def test_hybrids_have_the_shapes_of_the_other_library_s():
+    """transformers' defaults for Jamba are v0.1's; its Bamba differs from the published one where it is said here."""
+    transformers = pytest.importorskip("transformers")
+    bamba = {"vocab_size": 128256, "mamba_d_state": 128, "attn_layer_indices": [9, 18, 27]}
+    for name, config in (("jamba-v0.1", transformers.JambaConfig()), ("bamba-9b", transformers.BambaConfig(**bamba))):
+        with torch.device("meta"):
+            other = transformers.AutoModelForCausalLM.from_config(config)
+        ours = build(name)
+        assert sum(p.numel() for p in other.parameters()) == ours.parameter_count()
+        active = {"jamba-v0.1": 12e9, "bamba-9b": 9.78e9}[name]
+        assert ours.active_parameter_count() == pytest.approx(active, rel=0.02)
+    assert build("jamba-v0.1").parameter_count() == pytest.approx(52e9, rel=0.01)
+
+
+def transformer_of(n_kv_heads: int, channel, vocab_size: int = 32000) -> LanguageModel:
+    """The frame of Llama 2 7B, Mistral 7B and Mixtral 8x7B: 32 layers, 32 heads of 128."""
+    attention = Attention.Config(n_heads=32, n_kv_heads=n_kv_heads)
+    layers = (attention, channel) * 32
+    return on_meta(LanguageModel.Config(vocab_size=vocab_size, d_model=4096, layers=layers, tie_embeddings=False))
+
+
+LLAMA = transformer_of(32, SwiGLU.Config(d_inner=11008))
+MISTRAL = transformer_of(8, SwiGLU.Config(d_inner=14336))
+MIXTRAL = transformer_of(8, MoE.Config(n_experts=8, top_k=2, expert=SwiGLU.Config(d_inner=14336)))
+
+
+def test_mixture_of_experts_of_published_size():
+    assert LLAMA.parameter_count() == LLAMA.active_parameter_count() == 6_738_415_616
+    assert MISTRAL.parameter_count() == 7_241_732_096
+    assert MIXTRAL.parameter_count() == 46_702_792_704
+    assert MIXTRAL.active_parameter_count() == 12_879_925_248
+
+
+def test_keys_and_values_at_256k_tokens_are_those_of_jamba_s_table_1():
+    """arXiv:2403.19887, table 1: 16 bit; Llama-2 128 GB, Mistral and Mixtral 32 GB, Jamba 4 GB."""
+    length, gib = 256 * 1024, 2**30
+    assert LLAMA.state_bytes(length, torch.bfloat16) == 128 * gib
+    assert MISTRAL.state_bytes(length, torch.bfloat16) == 32 * gib
+    assert MIXTRAL.state_bytes(length, torch.bfloat16) == 32 * gib
+    jamba = build("jamba-v0.1")
+    attention = [block.mixer for block in jamba.layers if isinstance(block.mixer, Attention)]
+    assert sum(mixer.state_bytes(length, torch.bfloat16) for mixer in attention) == 4 * gib
+    constant = 28 * (3 * 8192 * 2 + 8192 * 16 * 4)
+    assert jamba.state_bytes(length, torch.bfloat16) == 4 * gib + constant
+
+
+@pytest.mark.parametrize(
+    ("name", "mib", "kib_per_token"),
+    [
+        ("mamba-130m", "2.5", 0),
+        ("mamba-2.8b", "22.5", 0),
+        ("mamba2-2.7b", "163", 0),
+        ("jamba-v0.1", "15.8", 16),
+        ("bamba-9b", "118", 12),
+        ("transformerpp-2.7b", "0", 320),
+    ],
+)
+def test_state_of_published_sizes(name, mib, kib_per_token):
+    """Other libraries keep as many inputs of a convolution as it is wide, the last of them for nothing: one more."""
+    model = build(name)
+    spare = sum(
+        block.mixer.conv1d.in_channels * 2 for block in model.layers if isinstance(block.mixer, (Mamba, Mamba2))
+    )
+    begun = model.state_bytes(0, torch.bfloat16)
+    assert f"{(begun + spare) / 2**20:.{len(mib.partition('.')[2])}f}" == mib
+    assert model.state_bytes(1000, torch.bfloat16) - begun == kib_per_token * 1024 * 1000
+
+
+def test_state_is_counted_to_the_byte():
     """Layers x (3 inputs of the convolution in bfloat16, the recurrent state in float32); keys and values."""
     assert build("mamba-130m").state_bytes(10**6, torch.bfloat16) == 24 * (3 * 1536 * 2 + 1536 * 16 * 4)
     assert build("mamba2-2.7b").state_bytes(1, torch.bfloat16) == 64 * (3 * (5120 + 256) * 2 + 5120 * 128 * 4)

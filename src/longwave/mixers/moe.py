@@ -27,7 +27,7 @@ class MoE(nn.Module):
     With `d_latent`, the experts work on W_down x and their sum goes through W_up. Parameters: router.weight (experts,
     d), router.correction_bias (experts,) for a sigmoid router, experts.i, shared, latent_down, latent_up.
 
-    torch.compile breaks the graph at the experts, whose shapes depend on what the router chose.
+    torch.compile breaks the graph at router and experts: the experts' shapes depend on what the router chose.
     """
 
     @dataclass(frozen=True, kw_only=True)
@@ -93,15 +93,14 @@ class MoE(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = x.flatten(0, -2)  # (m, d)
-        routing = self.router(tokens)
-        y = tokens if self.latent_down is None else self.latent_down(tokens)
-        y = self._through_experts(y, routing.experts, routing.weights)
+        y = self._routed(tokens, tokens if self.latent_down is None else self.latent_down(tokens))
         y = (y if self.latent_up is None else self.latent_up(y)).view(x.shape)
         return y if self.shared is None else y + self.shared(x)
 
-    @torch.compiler.disable()
-    def _through_experts(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
-        """sum_j weights[:, j] expert_{chosen[:, j]}(x): x (m, d), chosen and weights (m, top_k) -> (m, d)."""
+    @torch.compiler.disable()  # the router too, so that whoever records it sees every call
+    def _routed(self, tokens: Tensor, x: Tensor) -> Tensor:
+        """sum_i w_i expert_i(x) over the experts chosen by `tokens` (m, d): x (m, d or d_latent) -> the same shape."""
+        chosen, weights, _ = self.router(tokens)  # (m, k)
         k = self.config.top_k
         order = chosen.flatten().argsort(stable=True)  # (m k), by expert and then by token
         place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))

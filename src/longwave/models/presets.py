@@ -4,12 +4,13 @@ Mamba: arXiv:2312.00752, table 12, and the checkpoints state-spaces/mamba-*. Mam
 state-spaces/mamba2-*. Both take the GPT-NeoX tokenizer's 50277 tokens, filled up to a multiple of 8 and of 16.
 Transformer++, the baseline of both papers: rotary attention, SwiGLU, RMSNorm, no bias, in the widths and depths of
 GPT-3 (arXiv:2005.14165, table 2.1) as arXiv:2312.00752, table 12 has them, with the vocabulary of Mamba-2.
+Jamba: arXiv:2403.19887, section 3, and ai21labs/Jamba-v0.1. Bamba: ibm-ai-platform/Bamba-9B.
 """
 
 from collections.abc import Callable
 from functools import partial
 
-from longwave.mixers import Attention, Mamba, Mamba2, SwiGLU
+from longwave.mixers import Attention, Mamba, Mamba2, MoE, SwiGLU
 from longwave.models.language_model import LanguageModel
 
 
@@ -33,6 +34,24 @@ def transformerpp(d_model: int, n_layers: int, n_heads: int) -> LanguageModel.Co
     return LanguageModel.Config(vocab_size=50288, d_model=d_model, layers=block * n_layers, residual_fp32=True)
 
 
+def jamba() -> LanguageModel.Config:
+    """Jamba: of 8 mixers one is attention, without positions; every other MLP is 16 experts, of which 2 work."""
+    mamba = Mamba.Config(inner_norm="learned")
+    attention = Attention.Config(n_heads=32, n_kv_heads=8, rotary=0.0)
+    mlp = SwiGLU.Config(d_inner=14336)
+    moe = MoE.Config(n_experts=16, top_k=2, expert=mlp, router="softmax_topk")
+    block = (mamba, mlp, mamba, moe) * 2 + (attention, mlp, mamba, moe) + (mamba, mlp, mamba, moe)
+    return LanguageModel.Config(vocab_size=65536, d_model=4096, layers=block * 4, norm_eps=1e-6, tie_embeddings=False)
+
+
+def bamba() -> LanguageModel.Config:
+    """Bamba: Mamba-2 but for three layers of attention, which turns half of each head; a SwiGLU after each."""
+    attention = Attention.Config(n_heads=32, n_kv_heads=8, rotary=0.5)
+    mixers = [attention if i in (9, 18, 27) else Mamba2.Config() for i in range(32)]
+    layers = tuple(slot for mixer in mixers for slot in (mixer, SwiGLU.Config(d_inner=14336)))
+    return LanguageModel.Config(vocab_size=128256, d_model=4096, layers=layers, tie_embeddings=False)
+
+
 PRESETS: dict[str, Callable[[], LanguageModel.Config]] = {
     "mamba-130m": partial(mamba, 768, 24),
     "mamba-370m": partial(mamba, 1024, 48),
@@ -49,4 +68,6 @@ PRESETS: dict[str, Callable[[], LanguageModel.Config]] = {
     "transformerpp-760m": partial(transformerpp, 1536, 24, 16),
     "transformerpp-1.3b": partial(transformerpp, 2048, 24, 32),
     "transformerpp-2.7b": partial(transformerpp, 2560, 32, 32),
+    "jamba-v0.1": jamba,
+    "bamba-9b": bamba,
 }

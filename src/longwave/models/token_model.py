@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Protocol, Self
 import torch
 from torch import Tensor, nn
 
+from longwave.mixers.moe import MoE
 from longwave.mixers.norm import RMSNorm
 from longwave.models.blocks import LayerNorm
 from longwave.models.loss import linear_cross_entropy
@@ -165,6 +166,11 @@ class TokenModel(nn.Module):
     def parameter_count(self) -> int:
         """Numbers in all parameters, tied ones counted once."""
         return sum(parameter.numel() for parameter in self.parameters())
+
+    def active_parameter_count(self) -> int:
+        """As `parameter_count`, without the experts that a token does not go through."""
+        idle = sum(module.idle_parameters for module in self.modules() if isinstance(module, MoE))
+        return self.parameter_count() - idle
 
     def save(self, folder: str | Path) -> None:
         """Write config.json and model.safetensors into `folder`, made if need be; each is replaced whole or not at all.
