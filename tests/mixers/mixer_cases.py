@@ -23,6 +23,11 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "mamba2-without-norm": ("mamba2", SMALL | {"norm": False, "in_multipliers": (0.5, 2.0, 3.0, 0.7, 1.5)}),
     "h3": ("h3", {"d_state": 6}),
     "h3-heads": ("h3", {"d_state": 4, "d_head": 2, "method": "zoh"}),
+    "hyena": ("hyena", {"l_max": 32, "d_filter": 8}),
+    "hyena-order-3": (
+        "hyena",
+        {"l_max": 21, "order": 3, "d_filter": 6, "d_position": 5, "n_inner": 1, "shift": 0.05, "d_conv": 4},
+    ),
     "hyena_modal": ("hyena_modal", {"d_state": 2}),
     "hyena_modal-heads": ("hyena_modal", {"d_state": 3, "n_heads": 4, "d_conv": 4, "conv_bias": False}),
     "s4d": ("s4d", {"d_state": 6}),
@@ -88,4 +93,4 @@ def held(state: Any) -> int:
 
 
 def leaves(mixer: Any, x: Tensor) -> list[Tensor]:
-    return [x, *mixer.parameters()]
+    return [x, *(parameter for parameter in mixer.parameters() if parameter.requires_grad)]

@@ -1,6 +1,7 @@
 """What every mixer promises, over MIXERS and their options: one sequence, however it is cut, padded or packed."""
 
 import json
+import math
 from itertools import pairwise
 
 import pytest
@@ -289,6 +290,10 @@ def beside_products(mixer, length):
     if kind == "h3":
         products = mixer.d_model * config.d_head
         return length * (2 * mixer.d_model * config.d_state + products * (config.d_state // 2 * (6 + 4 + 4) + 2))
+    if kind == "hyena":
+        conv = 2 * mixer.short_filter.weight.numel()
+        transforms = 3 * (5 / 2) * (2 * length) * math.log2(2 * length)
+        return length * conv + (config.order - 1) * mixer.d_model * (round(transforms) + 6 * length)
     if kind == "hyena_modal":
         conv = 2 * mixer.filter.short_filter_weight.numel()
         return length * (conv + mixer.filter.poles[..., 0].numel() * (6 + 1 + 4) + 2 * mixer.d_model)

@@ -7,6 +7,7 @@ from longwave.mixers.attention import Attention
 from longwave.mixers.bidirectional import Bidirectional
 from longwave.mixers.channel import MLP, SwiGLU
 from longwave.mixers.h3 import H3
+from longwave.mixers.hyena import Hyena
 from longwave.mixers.hyena_modal import HyenaModal
 from longwave.mixers.mamba import Mamba
 from longwave.mixers.mamba2 import Mamba2
@@ -19,6 +20,7 @@ MIXERS: dict[str, type] = {
     "mamba": Mamba,
     "mamba2": Mamba2,
     "h3": H3,
+    "hyena": Hyena,
     "hyena_modal": HyenaModal,
     "s4d": S4D,
     "attention": Attention,
