@@ -8,7 +8,7 @@ import pytest
 from longwave.cli import doctor, kernel_check
 from longwave.ops import OPS
 
-STEPS = {"causal_conv1d_step", "selective_scan_step", "ssd_step", "linear_step"}
+STEPS = {"causal_conv1d_step", "mamba3_scan_step", "selective_scan_step", "ssd_step", "linear_step"}
 
 
 @pytest.fixture

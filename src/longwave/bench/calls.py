@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longwave.mixers.nested import map_tensors, tensors
+
 Inputs = dict[str, Any]
 Contender = Callable[..., Tensor]
 
@@ -47,12 +49,15 @@ def outcome(call: Contender, inputs: Inputs, *, backward: bool) -> tuple[list[Te
         weights = torch.linspace(-1, 1, y.numel()).reshape(y.shape)
         results = [y.detach(), *torch.autograd.grad(y, leaves, weights)]
     else:
-        results = [y, *([kwargs["state"]] if "state" in kwargs else [])]
+        results = [y, *tensors(kwargs.get("state"))]
     return results, time.perf_counter() - started
 
 
 def _cloned(inputs: Inputs) -> Inputs:
-    return {key: value.clone() if isinstance(value, Tensor) else value for key, value in inputs.items()}
+    return {
+        key: map_tensors(torch.clone, value) if isinstance(value, Tensor) or key == "state" else value
+        for key, value in inputs.items()
+    }
 
 
 def _with_gradients(inputs: Inputs) -> tuple[Inputs, list[Tensor]]:

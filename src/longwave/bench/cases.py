@@ -18,6 +18,8 @@ from longwave.ops.causal_conv1d import samples as conv_samples
 from longwave.ops.gated_rms_norm import samples as norm_samples
 from longwave.ops.linear_step import linear_step
 from longwave.ops.linear_step import samples as linear_samples
+from longwave.ops.mamba3_scan import mamba3_scan_step
+from longwave.ops.mamba3_scan import samples as mamba3_samples
 from longwave.ops.selective_scan import samples as scan_samples
 from longwave.ops.selective_scan import selective_scan_step
 from longwave.ops.ssd import samples as ssd_samples
@@ -45,17 +47,17 @@ class Case:
     copies: int = 1
 
 
-def _first(op: Callable[..., tuple[Tensor, Tensor]], **options: Any) -> Callable[..., Tensor]:
+def _first(op: Callable[..., tuple[Tensor, Any]], **options: Any) -> Callable[..., Tensor]:
     """`op` without its final state."""
     return lambda **inputs: op(**inputs, **options)[0]
 
 
-def _step_inputs(make: Callable[..., Inputs], initial_state: Callable[..., Tensor], sequences: tuple[str, ...]):
+def _step_inputs(make: Callable[..., Inputs], initial_state: Callable[..., Any], sequences: tuple[str, ...]):
     """The inputs of a step: those of a sequence of one token, without its axis, and a state."""
 
     def make_step(shape: dict[str, Any], dtype: torch.dtype, seed: int = 0) -> Inputs:
         inputs = make(shape | {"l": 1}, dtype, seed=seed)
-        inputs |= {name: inputs[name][:, 0] for name in sequences}
+        inputs |= {name: inputs[name][:, 0] for name in sequences if inputs[name] is not None}
         inputs.pop("chunk_len", None)
         return {"state": initial_state(shape, dtype, seed=seed)} | inputs
 
@@ -66,9 +68,18 @@ _LENGTH = {"l": 2048}
 _SMALL_LENGTH = {"l": 40}
 _SCAN = {"b": 1, "e": 1536, "n": 16}
 _SSD = {"b": 1, "h": 24, "p": 64, "n": 128, "g": 1, "dt_softplus": True}
+_MAMBA3 = {"b": 1, "h": 24, "p": 64, "r": 1, "g": 1, "n": 128, "s": 32, "z": True}
+_SMALL_MAMBA3 = {"b": 1, "h": 2, "p": 32, "r": 1, "g": 1, "n": 16, "s": 4, "z": True}
 _SMALL_SCAN = {"b": 1, "e": 64, "n": 16}
 _SMALL_SSD = {"b": 1, "h": 2, "p": 32, "n": 16, "g": 1, "dt_softplus": True}
 _LAYERS = 24  # of the 130M models
+
+
+def _mamba3_operations(shape: dict[str, Any]) -> int:
+    """As its recurrence, for one rank: decay, two outer products, read-out, D, gate; q and k biased and turned."""
+    p, n, s = shape["p"], shape["n"], shape["s"]
+    return shape["b"] * shape["l"] * shape["h"] * (7 * p * n + 7 * p + 2 * (n + 6 * s) + 6)
+
 
 _linear = {
     "full": {"b": 1, "k": 768, "n": 3072},
@@ -105,6 +116,17 @@ CASES: dict[str, Case] = {
         operations=lambda s: s["b"] * s["l"] * s["h"] * (5 * s["p"] * s["n"] + 3 * s["p"] + 2),
         forward_only=("reference",),  # its graph holds every state: 10 GB at full size
         peers=(("transformers", "transformers", "ssd"),),
+    ),
+    "mamba3_scan": Case(
+        full=_MAMBA3 | _LENGTH,
+        small=_SMALL_MAMBA3 | _SMALL_LENGTH,
+        make=mamba3_samples.make,
+        contenders={
+            OURS: _first(ops.mamba3_scan),
+            "reference": _first(ops.mamba3_scan, impl="reference"),
+        },
+        operations=_mamba3_operations,
+        forward_only=("reference",),  # as that of ssd
     ),
     "causal_conv1d": Case(
         full={"b": 1, "l": 2048, "e": 1536, "w": 4, "activation": "silu"},
@@ -143,6 +165,17 @@ CASES: dict[str, Case] = {
         make=_step_inputs(ssd_samples.make, ssd_samples.initial_state, ("x", "dt", "B", "C")),
         contenders={OURS: ssd_step, "torch": plain.ssd_step},
         operations=lambda s: s["b"] * s["h"] * (5 * s["p"] * s["n"] + 3 * s["p"] + 2),
+        backward=False,
+        copies=_LAYERS,
+    ),
+    "mamba3_scan_step": Case(
+        full=_MAMBA3,
+        small=_SMALL_MAMBA3,
+        make=_step_inputs(
+            mamba3_samples.make, mamba3_samples.initial_state, ("x", "dt", "A", "B", "C", "trap", "angles", "z")
+        ),
+        contenders={OURS: mamba3_scan_step, "torch": plain.mamba3_scan_step},
+        operations=lambda s: _mamba3_operations(s | {"l": 1}),
         backward=False,
         copies=_LAYERS,
     ),

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from longwave.bench.timing import Harness, Repeated
+from longwave.mixers.nested import tensors
 
 
 class Cost(NamedTuple):
@@ -37,11 +38,11 @@ def cost(inputs: Mapping[str, Any], y: Tensor, operations: int, *, backward: boo
 
     `operations` are the forward's; the backward counts twice as many, as is customary.
     """
-    read = sum(v.nbytes for v in inputs.values() if isinstance(v, Tensor))
+    read = sum(v.nbytes for k, v in inputs.items() if isinstance(v, Tensor) and k != "state")
+    state = sum(tensor.nbytes for tensor in tensors(inputs.get("state")))
     if backward:
         return Cost(3 * read + 2 * y.nbytes, 3 * operations)
-    state = inputs["state"].nbytes if "state" in inputs else 0
-    return Cost(read + y.nbytes + state, operations)
+    return Cost(read + y.nbytes + 2 * state, operations)
 
 
 def copying(n_bytes: int, copies: int) -> Callable[[int], object]:

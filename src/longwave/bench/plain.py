@@ -3,11 +3,14 @@
 Each takes the keyword arguments of the operator, those that its benchmark uses, and returns y.
 """
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import conv1d, rms_norm, silu, softplus
+
+from longwave.ops.mamba3_scan import Mamba3ScanState
 
 
 def selective_scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, **rest: Any) -> Tensor:
@@ -58,6 +61,42 @@ def ssd_step(
     dt = softplus(dt + dt_bias)  # (b, h)
     state.mul_(torch.exp(dt * A)[..., None, None]).add_((dt[..., None] * x)[..., None] * B[:, :, None, :])
     return (state @ C[..., None])[..., 0] + D[:, None] * x
+
+
+def mamba3_scan_step(
+    state: Mamba3ScanState,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    trap: Tensor,
+    angles: Tensor,
+    B_bias: Tensor,
+    C_bias: Tensor,
+    D: Tensor,
+    z: Tensor,
+    **_: Any,
+) -> Tensor:
+    """For one rank, and one group of B and C."""
+    angle, ssm, k, v = state
+    angle.add_(dt[..., None] * angles[:, None])  # (b, h, s)
+    angle.sub_(2 * math.pi * torch.round(angle / (2 * math.pi)))
+    turn = torch.polar(torch.ones_like(angle), angle)
+
+    def rotated(u: Tensor) -> Tensor:
+        pairs = torch.view_as_complex(u.unflatten(-1, (-1, 2)).contiguous())  # (b, h, n / 2)
+        s = angle.shape[-1]
+        pairs = torch.cat([pairs[..., :s] * turn, pairs[..., s:]], dim=-1)
+        return torch.view_as_real(pairs).flatten(-2)
+
+    k_now, q = rotated(B[:, 0] + B_bias[:, 0]), rotated(C[:, 0] + C_bias[:, 0])  # (b, h, n)
+    early, late = ((1 - trap) * dt)[..., None] * v, (trap * dt)[..., None] * x  # (b, h, p)
+    decay = torch.exp(dt * A)[..., None, None]
+    ssm.add_(early[..., None] * k[:, 0, :, None]).mul_(decay).add_(late[..., None] * k_now[:, :, None])
+    k.copy_(k_now[:, None])
+    v.copy_(x)
+    return ((ssm @ q[..., None])[..., 0] + D[:, None] * x) * silu(z)
 
 
 def causal_conv1d_step(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor, **_: Any) -> Tensor:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longwave.mixers.nested import map_tensors, tensors
 from longwave.ops import OPS
 from longwave.ops.linear_step import linear_step
 
@@ -50,29 +51,25 @@ def _compare(name: str, kernel: Callable[..., Any], inputs: dict[str, Any], trut
     started = time.perf_counter()
     found = kernel(**inputs)
     seconds = time.perf_counter() - started
-    rounding = torch.finfo(torch.float32).eps * sum(tensor.norm().item() for tensor in _tuple(truth))
+    rounding = torch.finfo(torch.float32).eps * sum(tensor.norm().item() for tensor in tensors(truth))
     return Check(name, _distance(found, truth), 2 * _distance(same, truth) + rounding, seconds)
 
 
-def _token_by_token(step: Callable[..., Tensor], final: Tensor, **inputs: Any) -> tuple[Tensor, Tensor]:
+def _token_by_token(step: Callable[..., Tensor], final: Any, **inputs: Any) -> tuple[Tensor, Any]:
     """All outputs of a step over the tokens of a sequence, and the state after them, which begins at 0."""
     b, l = inputs["x"].shape[:2]
     known = {key: value for key, value in inputs.items() if key in inspect.signature(step).parameters}
     along = {key for key, value in known.items() if isinstance(value, Tensor) and value.shape[:2] == (b, l)}
-    state, outputs = torch.zeros_like(final), []
+    state, outputs = map_tensors(torch.zeros_like, final), []
     for i in range(l):
         outputs.append(step(state, **{key: value[:, i] if key in along else value for key, value in known.items()}))
     return torch.stack(outputs, 1), state
 
 
 def _distance(found: Any, truth: Any) -> float:
-    pairs = zip(_tuple(found), _tuple(truth), strict=True)
+    pairs = zip(tensors(found), tensors(truth), strict=True)
     return sum((a.double() - b).norm().item() for a, b in pairs)
 
 
 def _is_float(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point()
-
-
-def _tuple(value: Any) -> tuple[Tensor, ...]:
-    return value if isinstance(value, tuple) else (value,)

@@ -39,6 +39,12 @@ def copy(source, out):
 
 
 @jit
+def add(source, out):
+    for k in range(len(source)):
+        out[k] += source[k]
+
+
+@jit
 def copy_rows(source, stride, size, width, out, out_width):
     """out[i, c] = source[i, c]; rows `stride` and `out_width` apart."""
     for i in range(size):
