@@ -5,11 +5,13 @@ from longwave.hub import (
     falcon_h1,
     falcon_mamba,
     granitemoehybrid,
+    h3,
     jamba,
     mamba,
     mamba2,
     nemotron_h,
     state_spaces,
+    stripedhyena,
 )
 from longwave.hub.family import Family
 
@@ -23,4 +25,6 @@ FORMATS: dict[str, Family] = {
     "falcon_h1": falcon_h1,
     "nemotron_h": nemotron_h,
     "state_spaces": state_spaces,
+    "h3": h3,
+    "stripedhyena": stripedhyena,
 }

@@ -34,7 +34,7 @@ def export(model: TextModel | TokenModel, folder: str | Path, format: str) -> No
         config |= _for_transformers(model, tokenizer)
     folder = _make_folder(Path(folder), family.WEIGHTS)
     tensors = to_published(model, rename)
-    if family.WEIGHTS.endswith(".bin"):
+    if not family.WEIGHTS.endswith(".safetensors"):
         if model.config.tie_embeddings:  # readers of state dicts expect both names
             tensors[f"{rename['lm_head']}.weight"] = tensors[f"{rename['embedding']}.weight"]
         _write_pickle(folder / family.WEIGHTS, tensors)

@@ -1,10 +1,12 @@
 """What a foreign format is to longwave: a module with these names. `FORMATS` lists them."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Protocol
 
 from longwave.hub.keys import Rename
 from longwave.models.kinds import TokenModelConfig
+
+Aliases = Mapping[str, str | None]
 
 
 class Family(Protocol):
@@ -16,8 +18,9 @@ class Family(Protocol):
         ...
 
     @property
-    def ALIASES(self) -> Mapping[str, str]:
-        """Other spellings of tensor names that occur in published folders: {spelling: name}."""
+    def ALIASES(self) -> Aliases | Callable[[Collection[str]], Aliases]:
+        """Other spellings of tensor names that occur in published folders: {spelling: name}, or a function that finds
+        them among the names of a folder's tensors. The name is None for a tensor that is no weight, and left out."""
         ...
 
     def matches(self, config: Mapping[str, Any]) -> bool:

@@ -17,6 +17,7 @@ WEIGHT_FILES = (
     "model.safetensors.index.json",
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
+    "model.pt",
 )
 
 
@@ -47,7 +48,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def open_weights(folder: Path) -> dict[str, Stored]:
-    """Every tensor of the folder, by name: safetensors or pytorch_model.bin, whole or sharded.
+    """Every tensor of the folder, by name: safetensors or pytorch_model.bin, whole or sharded, or model.pt.
 
     Nothing but tensors is unpickled. Raises LongwaveError on a missing, truncated or foreign file.
     """
@@ -101,6 +102,8 @@ def _open_pickle(file: Path) -> dict[str, Stored]:
             f"cannot read {file}: it is damaged, or holds other objects than tensors, which longwave does not "
             "unpickle. Copy the file again, or convert it to safetensors where you trust it"
         ) from error
+    if isinstance(tensors, dict) and isinstance(tensors.get("state_dict"), dict):
+        tensors = tensors["state_dict"]  # a checkpoint of a training run, as Lightning writes it
     if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
         raise LongwaveError(
             f"{file} does not hold named tensors alone; torch.save(model.state_dict(), ...) writes such a file"

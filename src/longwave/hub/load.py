@@ -9,7 +9,7 @@ import torch
 from longwave.config import nearest
 from longwave.errors import LongwaveError, UsageError
 from longwave.generate.text_model import TextModel
-from longwave.hub import FORMATS
+from longwave.hub import FORMATS, h3
 from longwave.hub.family import Family
 from longwave.hub.folder import find_folder, open_weights, read_config
 from longwave.hub.keys import to_ours
@@ -32,7 +32,7 @@ def load(path: str | Path, *, dtype: torch.dtype | str | None = None, device: to
     LongwaveError for damaged files and for tensors that do not fit, naming ten of them.
     """
     folder, wanted = find_folder(path), _dtype(dtype)
-    config = read_config(folder)
+    config = _config(folder)
     if _is_own(config):
         model = kinds.load(folder, device=device)
         model = model if wanted is None else model.to(wanted)
@@ -43,8 +43,16 @@ def load(path: str | Path, *, dtype: torch.dtype | str | None = None, device: to
 
 def model_config(path: str | Path) -> kinds.TokenModelConfig:
     """The configuration of the model that `load` would load. Reads no weights. Raises as `load` does."""
-    config = read_config(find_folder(path))
+    config = _config(find_folder(path))
     return kinds.config_from(config) if _is_own(config) else find_family(config).config_from(config)
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    """config.json, or, beside a model.pt alone, what the shapes of its tensors tell: H3 is published like that."""
+    if (folder / "config.json").is_file() or not (folder / h3.WEIGHTS).is_file():
+        return read_config(folder)
+    stored = _respelled(open_weights(folder), h3)
+    return h3.config_of({name: tensor.shape for name, tensor in stored.items()}, str(folder))
 
 
 def _is_own(config: Mapping[str, Any]) -> bool:
@@ -80,13 +88,20 @@ def _load_foreign(
     with torch.device("meta"):
         model = kinds.build(model_config)
     rename = family.rename(model_config)
-    stored = {family.ALIASES.get(name, name): tensor for name, tensor in open_weights(folder).items()}
+    stored = _respelled(open_weights(folder), family)
     embedding, head = f"{rename['embedding']}.weight", f"{rename['lm_head']}.weight"
     if model_config.tie_embeddings:
         stored = _without_tied_head(stored, embedding, head, folder)
     model.to(dtype or _stored_dtype(stored, embedding))
     fill(model, to_ours(model, stored, rename, str(folder)), str(folder), device)
     return model
+
+
+def _respelled(stored: Mapping[str, Stored], family: Family) -> dict[str, Stored]:
+    """The tensors under the names that the family's `rename` knows."""
+    aliases = family.ALIASES(stored) if callable(family.ALIASES) else family.ALIASES
+    named = ((aliases.get(name, name), tensor) for name, tensor in stored.items())
+    return {name: tensor for name, tensor in named if name is not None}
 
 
 def _without_tied_head(stored: dict[str, Stored], embedding: str, head: str, folder: Path) -> dict[str, Stored]:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from longwave.hub.settings import (
+    hold,
     inexpressible,
     limits,
     refuse,
@@ -43,6 +44,7 @@ MAMBA2_OPTIONS = (
     "layer d_state d_conv conv_init expand headdim d_ssm ngroups A_init_range D_has_hdim rmsnorm norm_before_gate "
     "dt_min dt_max dt_init_floor dt_limit bias conv_bias chunk_size use_mem_eff_path"
 )
+MAMBA2_FIELDS = "d_state d_conv expand d_inner d_head n_groups dt_limit D_per_channel norm_before_gate bias conv_bias"
 ATTENTION_OPTIONS = (
     "num_heads num_heads_kv head_dim mlp_dim qkv_proj_bias out_proj_bias softmax_scale causal d_conv rotary_emb_dim "
     "rotary_emb_base rotary_emb_interleaved"
@@ -50,7 +52,7 @@ ATTENTION_OPTIONS = (
 
 
 def matches(config: Mapping[str, Any]) -> bool:
-    return "model_type" not in config and {"d_model", "n_layer"} <= set(config)
+    return "model_type" not in config and {"d_model", "n_layer"} <= set(config) and "d_inner" not in config
 
 
 def config_from(config: Mapping[str, Any]) -> LanguageModel.Config:
@@ -74,8 +76,9 @@ def config_from(config: Mapping[str, Any]) -> LanguageModel.Config:
 
 
 def config_to(model: LanguageModel.Config) -> dict[str, Any]:
-    if model.norm_eps != NORM_EPS:
-        inexpressible(FAMILY, f"norm_eps={NORM_EPS}", f"norm_eps={model.norm_eps}")
+    hold(FAMILY, model, "vocab_size d_model layers norm tie_embeddings residual_fp32")
+    if model.norm not in ("rms", "layer"):
+        inexpressible(FAMILY, "norm='rms' or 'layer'", f"norm={model.norm!r}")
     mixers, d_mlp = _blocks(model)
     attention = {layer for layer in mixers if isinstance(layer, Attention.Config)}
     ssm = set(mixers) - attention
@@ -134,6 +137,7 @@ def _blocks(model: LanguageModel.Config) -> tuple[Sequence[Any], int]:
     for layer in mlps:
         if layer != mlps[0] or not isinstance(layer, SwiGLU.Config) or layer.bias or len(mlps) != len(mixers):
             inexpressible(FAMILY, "a swiglu without bias after every mixer, all alike", layer)
+    hold(FAMILY, mlps[0], "d_inner")
     with torch.device("meta"):
         d_mlp = SwiGLU(model.d_model, mlps[0]).d_inner
     if d_mlp % MLP_MULTIPLE:
@@ -191,8 +195,7 @@ def ssm_to(mixer: Mamba.Config | Mamba2.Config, d_model: int) -> dict[str, Any]:
         if mixer.inner_norm is not None:
             inexpressible(FAMILY, "no inner norms", f"inner_norm={mixer.inner_norm!r}")
         return {"layer": "Mamba1", **shared, "dt_rank": mixer.dt_rank}
-    if mixer.norm_eps != NORM_EPS:
-        inexpressible(FAMILY, f"norm_eps={NORM_EPS} in its mixers", f"norm_eps={mixer.norm_eps}")
+    hold(FAMILY, mixer, MAMBA2_FIELDS)
     return {
         "layer": "Mamba2",
         **shared,
@@ -224,8 +227,7 @@ def attention_from(attn: Mapping[str, Any], d_model: int) -> Attention.Config:
 
 
 def attention_to(config: Attention.Config, d_model: int) -> dict[str, Any]:
-    if config.window is not None:
-        inexpressible(FAMILY, "attention to all tokens", f"window={config.window}")
+    hold(FAMILY, config, "n_heads n_kv_heads d_head rotary rotary_base scale qkv_bias out_bias")
     with torch.device("meta"):
         sizes = Attention(d_model, config)
     return {
