@@ -41,7 +41,20 @@ TRANSFORMERS = {
 }
 
 
-HYBRIDS = ["jamba-v0.1", "bamba-9b"]
+def h3(d: int, layers: int, attention: int) -> int:
+    """Per H3 layer 4 projections, 2 x 64 taps, 32 complex modes (A, B, C) with a dt, two D; LayerNorms and biases."""
+    h3_layer = 4 * (d + 1) * d + d * (2 * 64 + 3 * 32 * 2 + 1 + 2)
+    block = 4 * d + 2 * 4 * d * d + 5 * d
+    return 50264 * d + layers * block + (layers - attention) * h3_layer + attention * 4 * (d + 1) * d + 2 * d
+
+
+H3 = {
+    "h3-125m": 126_387_456,  # as its README prints
+    "h3-355m": h3(1024, 24, 2),
+    "h3-1.3b": h3(2048, 24, 2),
+    "h3-2.7b": h3(2560, 32, 3),
+}
+HYBRIDS = ["jamba-v0.1", "bamba-9b", "stripedhyena-7b", "evo-1-8k", "evo-1-131k", *H3]
 
 
 def build(name):
@@ -89,6 +102,23 @@ def test_hybrids_have_the_shapes_of_the_other_library_s():
         active = {"jamba-v0.1": 12e9, "bamba-9b": 9.78e9}[name]
         assert ours.active_parameter_count() == pytest.approx(active, rel=0.02)
     assert build("jamba-v0.1").parameter_count() == pytest.approx(52e9, rel=0.01)
+
+
+@pytest.mark.parametrize("name", H3)
+def test_parameters_of_h3(name):
+    assert build(name).parameter_count() == H3[name]
+    assert h3(768, 12, 1) == H3["h3-125m"]
+
+
+def test_parameters_and_state_of_stripedhyena():
+    """7.65e9 and 6.45e9 parameters; per Hyena block 3 d (w-1) inputs in bfloat16 and 8 d n bytes."""
+    hyena, evo = build("stripedhyena-7b"), build("evo-1-8k")
+    assert f"{hyena.parameter_count() / 1e9:.2f}" == "7.65"
+    assert f"{evo.parameter_count() / 1e9:.2f}" == "6.45"
+    assert hyena.state_bytes(0, torch.bfloat16) == 16 * (3 * 4096 * 2 * 2 + 8 * 4096 * 2) == 1.75 * 2**20
+    assert evo.state_bytes(0, torch.bfloat16) == 29 * (3 * 4096 * 2 * 2 + 8 * 4096 * 8)
+    assert hyena.state_bytes(1000, torch.bfloat16) - hyena.state_bytes(0, torch.bfloat16) == 16 * 2 * 1024 * 2 * 1000
+    assert build("evo-1-131k").parameter_count() == evo.parameter_count()
 
 
 def transformer_of(n_kv_heads: int, channel, vocab_size: int = 32000) -> LanguageModel:
