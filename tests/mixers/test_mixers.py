@@ -282,6 +282,11 @@ def beside_products(mixer, length):
         return 2 * 2 * mixer.n_heads * mixer.d_head * seen
     if kind in ("lstm", "gru"):
         return 0
+    if kind == "lti" or (kind == "s4" and config.discretization == "zoh"):
+        return length * mixer.d_model * (2 * config.d_state * (config.d_state + 1 + 1) + 2 * config.skip)
+    if kind == "s4":
+        modes = config.d_state // 2 * (6 + 4 + 6 + 2 + 4 + config.rank * 2 * (4 + 4))  # Lambda, B, inverse, sum, C, P P*
+        return length * mixer.d_model * (modes + 2 * config.skip)
     if kind == "s4d":
         modes = config.d_state // 2 * (6 + 4 + 4)  # Abar x, + Bbar u, 2 Re C x
         return length * mixer.d_model * (modes + 2 * config.skip)

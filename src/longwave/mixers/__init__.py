@@ -9,11 +9,13 @@ from longwave.mixers.channel import MLP, SwiGLU
 from longwave.mixers.h3 import H3
 from longwave.mixers.hyena import Hyena
 from longwave.mixers.hyena_modal import HyenaModal
+from longwave.mixers.lti import LTI
 from longwave.mixers.mamba import Mamba
 from longwave.mixers.mamba2 import Mamba2
 from longwave.mixers.moe import MoE
 from longwave.mixers.parallel import Parallel
 from longwave.mixers.rnn import GRU, LSTM
+from longwave.mixers.s4 import S4
 from longwave.mixers.s4d import S4D
 
 MIXERS: dict[str, type] = {
@@ -22,6 +24,8 @@ MIXERS: dict[str, type] = {
     "h3": H3,
     "hyena": Hyena,
     "hyena_modal": HyenaModal,
+    "lti": LTI,
+    "s4": S4,
     "s4d": S4D,
     "attention": Attention,
     "lstm": LSTM,

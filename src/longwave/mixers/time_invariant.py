@@ -56,6 +56,7 @@ class TimeInvariant(Float32Parameters, ABC):
     """
 
     slow_parameters: ClassVar[tuple[str, ...]] = ()
+    scans: ClassVar[bool] = True  # whether `recurrent` is a kernel, which packed documents go through
     state_shape: tuple[int, ...]  # of one sequence
     config: Any
     C: nn.Parameter
@@ -75,10 +76,10 @@ class TimeInvariant(Float32Parameters, ABC):
         lengths: Tensor | None = None,
         dt: Tensor | float | None = None,
     ) -> tuple[Tensor, SSMState]:
-        """`continuous` for a tensor dt, `recurrent` for packed documents, otherwise `convolution`."""
+        """`continuous` for a tensor dt; `recurrent` for packed documents, if it is fast; otherwise `convolution`."""
         if isinstance(dt, Tensor):
             return self.continuous(x, dt, state, reset=reset, lengths=lengths)
-        view = self.convolution if reset is None else self.recurrent
+        view = self.recurrent if self.scans and reset is not None else self.convolution
         return view(x, state, reset=reset, lengths=lengths, dt=dt)
 
     def convolution(
