@@ -15,12 +15,24 @@ import numba
 import numpy as np
 from llvmlite import ir
 from numba import types
+from numba.core.compiler import Compiler
 from numba.extending import intrinsic, overload
 
 # Without "nnan" and "ninf": NaN and infinity keep their meaning. Division as numpy has it: Python's check for a
 # zero divisor is a branch, which stops vectorisation.
 OPTIONS: Any = {"fastmath": {"contract", "nsz", "arcp", "reassoc"}, "error_model": "numpy"}
 jit: Any = numba.njit(nogil=True, cache=True, **OPTIONS)
+
+
+class _Disjoint(Compiler):
+    def __init__(self, typingctx, targetctx, library, args, return_type, flags, locals):
+        flags.noalias = True
+        super().__init__(typingctx, targetctx, library, args, return_type, flags, locals)
+
+
+# For loops over more than a few arrays, which LLVM vectorises only if it knows that none of them overlap: functions of
+# such arrays, inlined where they are called. The caller promises that what is written overlaps nothing.
+disjoint: Any = numba.njit(pipeline_class=_Disjoint, forceinline=True, **OPTIONS)
 
 # 2^(1+f) on [-1/2, 1/2]: minimax in relative error (9e-8) among polynomials exact at 0, so that a decay
 # near 1 is not biased: an error there grows with the length of the memory.

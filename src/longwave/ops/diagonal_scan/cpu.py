@@ -1,8 +1,8 @@
 """Diagonal scan on the CPU: serial in time, vectorised over channels, in parallel over rows and channel blocks.
 
-One block is `_WIDTH` lanes of one row of the batch. With B and C a lane is a channel with all its modes; without, where
+One block is some lanes of one row of the batch. With B and C a lane is a channel with all its modes; without, where
 nothing is summed over modes, each mode is a lane, as if it were a channel with a single mode. Arrays of a block are
-(2, n, _WIDTH): real and imaginary part, modes, lanes; those past the last lane hold zeros. Abar and Bbar are computed
+(2, n, lanes): real and imaginary part, modes, lanes; those past the last lane hold zeros. Abar and Bbar are computed
 when dt differs from that of the token before. docs/ops/diagonal_scan.md has the recurrences.
 """
 
@@ -16,12 +16,13 @@ from torch import Tensor
 from longwave.ops.checks import state_dtype
 from longwave.ops.numba_bfloat16 import NUMBERS, narrow, widen
 from longwave.ops.numba_discretize import METHODS, derivatives, discretize
-from longwave.ops.numba_math import jit
+from longwave.ops.numba_math import disjoint, jit
 from longwave.ops.openmp import carray, next_ticket, pointer, region, run
 from longwave.ops.rows import flat
 from longwave.ops.threads import parallel_for
 
-_WIDTH = 32
+_CHANNELS = 16  # in a block, with all their modes: the arrays of 32 modes lie in the first-level cache
+_LANES = 64  # in a block where each mode is a lane
 _CHUNK_LEN = 32  # where no states are kept
 _STEP_LANES = 256  # in a block of `step`
 _STEP_ELEMENTS = 8192  # of the state, for which another thread is worth starting
@@ -112,7 +113,8 @@ class _Inputs:
         self.lanes, self.modes = (e * n, 1) if B is None else (e, n)
         in_bfloat16 = u.dtype is torch.bfloat16 and dt.dtype is torch.bfloat16
         self.given = given or (torch.bfloat16 if in_bfloat16 else self.dtype)
-        self.blocks_per_row = -(-self.lanes // _WIDTH)
+        self.width = _LANES if B is None else _CHANNELS
+        self.blocks_per_row = -(-self.lanes // self.width)
         self.n_blocks = b * self.blocks_per_row
         # The kernels leave out what lies behind the lengths.
         new = torch.empty if lengths is None else torch.zeros
@@ -153,48 +155,40 @@ class _Inputs:
     def place(self, i: int) -> tuple[int, int, int]:
         """Row, first lane and number of lanes of block i."""
         row, block = divmod(i, self.blocks_per_row)
-        return row, block * _WIDTH, min(_WIDTH, self.lanes - block * _WIDTH)
+        return row, block * self.width, min(self.width, self.lanes - block * self.width)
 
 
 @jit
 def _forward_block(place, method, u, dt, owner, resets, ends, A, B, C, D, y, state, states, chunk_len):
     i, c0, width = place
-    blocks = _blocks(7, A)
-    rates, enters, leaves, h, Abar, F, Bbar = (
-        blocks[0],
-        blocks[1],
-        blocks[2],
-        blocks[3],
-        blocks[4],
-        blocks[5],
-        blocks[6],
-    )
-    rows = np.zeros((3, chunk_len, _WIDTH), A.dtype)
+    blocks = _blocks(9, A, _CHANNELS)
+    rates, enters, leaves, Abar, F, Bbar = blocks[0], blocks[1], blocks[2], blocks[3], blocks[4], blocks[5]
+    before, after, zeros = blocks[6], blocks[7], blocks[8]
+    rows = np.zeros((3, chunk_len, _CHANNELS), A.dtype)
     steps, inputs, sums = rows[0], rows[1], rows[2]
     skip = D[c0 : c0 + width]
-    current = np.full(_WIDTH, np.nan, A.dtype)
+    current = np.full(_CHANNELS, np.nan, A.dtype)
     _read(A, c0, width, rates)
     _read(B, c0, width, enters)
     _read(C, c0, width, leaves)
-    _read(state[i], c0, width, h)
+    _read(state[i], c0, width, before)
     for t0 in range(0, y.shape[1], chunk_len):
         if states.shape[1] > 0:
-            _write(h, width, states[i, t0 // chunk_len], c0)
+            _write(before, width, states[i, t0 // chunk_len], c0)
         t1 = min(t0 + chunk_len, ends[i])
         _read_rows(place, t0, t1, u, dt, owner, inputs, steps)
         for s in range(t1 - t0):
-            if resets[i, t0 + s]:
-                h[:] = 0
             if _differ(current, steps[s]):
                 current[:] = steps[s]
                 discretize(method, current, rates, Abar, F)
                 _multiply(F, enters, Bbar)
-            _advance(h, h, Abar, Bbar, leaves, inputs[s], sums[s])
+            _advance(zeros if resets[i, t0 + s] else before, after, Abar, Bbar, leaves, inputs[s], sums[s])
+            before, after = after, before
         for s in range(t1 - t0):
             out, entry, total = y[i, t0 + s, c0 : c0 + width], inputs[s], sums[s]
             for c in range(width):
                 out[c] = narrow(total[c] + skip[c] * entry[c], y)
-    _write(h, width, state[i], c0)
+    _write(before, width, state[i], c0)
 
 
 @jit
@@ -223,16 +217,16 @@ def _backward_block(
 ):
     i, c0, width = place
     n = A.shape[1]
-    blocks = _blocks(20, A)
+    blocks = _blocks(20, A, _CHANNELS)
     rates, enters, leaves, Abar, F, Bbar = blocks[0], blocks[1], blocks[2], blocks[3], blocks[4], blocks[5]
     dh, before, zeros = blocks[6], blocks[7], blocks[8]
     slopes, flows, grads = blocks[9:15], blocks[15:17], blocks[17:20]
-    after = np.empty((chunk_len, 2, n, _WIDTH), A.dtype)
-    rows = np.zeros((5, chunk_len, _WIDTH), A.dtype)
+    after = np.empty((chunk_len, 2, n, _CHANNELS), A.dtype)
+    rows = np.zeros((5, chunk_len, _CHANNELS), A.dtype)
     steps, inputs, sums, dsteps, dinputs = rows[0], rows[1], rows[2], rows[3], rows[4]
-    up = np.zeros(_WIDTH, A.dtype)
-    skip, dskip = D[c0 : c0 + width], np.zeros(_WIDTH, A.dtype)
-    current = np.full(_WIDTH, np.nan, A.dtype)
+    up = np.zeros(_CHANNELS, A.dtype)
+    skip, dskip = D[c0 : c0 + width], np.zeros(_CHANNELS, A.dtype)
+    current = np.full(_CHANNELS, np.nan, A.dtype)
     sloped = current.copy()
     pending = False
     _read(A, c0, width, rates)
@@ -291,10 +285,10 @@ def _backward_block(
 @jit
 def _forward_states(place, method, u, dt, owner, resets, ends, A, y, state):
     i, c0, width = place
-    blocks = _blocks(4, A)
+    blocks = _blocks(4, A, _LANES)
     rates, h, Abar, F = blocks[0], blocks[1], blocks[2], blocks[3]
     x, z, a, b, p, q = h[0, 0], h[1, 0], Abar[0, 0], Abar[1, 0], F[0, 0], F[1, 0]
-    steps, current = np.zeros(_WIDTH, A.dtype), np.full(_WIDTH, np.nan, A.dtype)
+    steps, current = np.zeros(_LANES, A.dtype), np.full(_LANES, np.nan, A.dtype)
     _read(A, c0, width, rates)
     _read(state[i], c0, width, h)
     for t in range(ends[i]):
@@ -304,13 +298,7 @@ def _forward_states(place, method, u, dt, owner, resets, ends, A, y, state):
         if _differ(current, steps):
             current[:] = steps
             discretize(method, current, rates, Abar, F)
-        entry, out = _pairs(u, place, t), y[i, t, 2 * c0 : 2 * (c0 + width)]
-        for c in range(width):
-            re, im = widen(entry[2 * c]), widen(entry[2 * c + 1])
-            new_re = a[c] * x[c] - b[c] * z[c] + (p[c] * re - q[c] * im)
-            new_im = a[c] * z[c] + b[c] * x[c] + (p[c] * im + q[c] * re)
-            x[c], z[c] = new_re, new_im
-            out[2 * c], out[2 * c + 1] = new_re, new_im
+        _advance_states(width, x, z, a, b, p, q, _pairs(u, place, t), y[i, t, 2 * c0 : 2 * (c0 + width)])
     _write(h, width, state[i], c0)
 
 
@@ -318,11 +306,15 @@ def _forward_states(place, method, u, dt, owner, resets, ends, A, y, state):
 def _backward_states(place, method, u, dt, owner, resets, ends, A, dy, states, initial, du, ddt, dstate, dA, dB):
     """dB, which nobody asked for, comes with dA."""
     i, c0, width = place
-    blocks = _blocks(16, A)
+    blocks = _blocks(16, A, _LANES)
     rates, ones, Abar, F, dh, before = blocks[0], blocks[1], blocks[2], blocks[3], blocks[4], blocks[5]
     slopes, flows, grads = blocks[6:12], blocks[12:14], blocks[14:16]
+    x, z, a, b, p, q = before[0, 0], before[1, 0], Abar[0, 0], Abar[1, 0], F[0, 0], F[1, 0]
+    a_t, b_t, p_t, q_t = slopes[0, 0, 0], slopes[0, 1, 0], slopes[1, 0, 0], slopes[1, 1, 0]
+    g, h, da, db = dh[0, 0], dh[1, 0], flows[0, 0, 0], flows[0, 1, 0]
+    dp, dq = flows[1, 0, 0], flows[1, 1, 0]
     ones[0] = 1
-    steps, current = np.zeros(_WIDTH, A.dtype), np.full(_WIDTH, np.nan, A.dtype)
+    steps, current = np.zeros(_LANES, A.dtype), np.full(_LANES, np.nan, A.dtype)
     pending = False
     _read(A, c0, width, rates)
     _read(dstate[i], c0, width, dh)
@@ -343,18 +335,9 @@ def _backward_states(place, method, u, dt, owner, resets, ends, A, dy, states, i
             last = states[i, t - 1, 2 * c0 : 2 * (c0 + width)]
             for c in range(width):
                 before[0, 0, c], before[1, 0, c] = last[2 * c], last[2 * c + 1]
-        _retreat_states(
-            before,
-            _pairs(u, place, t),
-            Abar,
-            F,
-            slopes,
-            dy[i, t, 2 * c0 : 2 * (c0 + width)],
-            dh,
-            flows,
-            du[i, t, 2 * c0 : 2 * (c0 + width)],
-            ddt[i, t, c0 : c0 + width],
-        )
+        entry, up = _pairs(u, place, t), dy[i, t, 2 * c0 : 2 * (c0 + width)]
+        dentry, dstep = du[i, t, 2 * c0 : 2 * (c0 + width)], ddt[i, t, c0 : c0 + width]
+        _retreat_states(width, x, z, a, b, p, q, a_t, b_t, p_t, q_t, entry, up, g, h, da, db, dp, dq, dstep, dentry)
         if resets[i, t]:
             dh[:] = 0
     if pending:
@@ -365,8 +348,8 @@ def _backward_states(place, method, u, dt, owner, resets, ends, A, dy, states, i
 
 
 @jit
-def _blocks(count, like):
-    return np.zeros((count, 2, like.shape[1], _WIDTH), like.dtype)
+def _blocks(count, planes, lanes):
+    return np.zeros((count, 2, planes.shape[1], lanes), planes.dtype)
 
 
 @jit
@@ -422,7 +405,7 @@ def _read_steps(dt, i, t, owner, c0, width, steps):
 def _differ(a, b):
     """Whether two rows of step sizes differ; NaN differs from itself."""
     count = 0
-    for c in range(_WIDTH):
+    for c in range(len(a)):
         count += a[c] != b[c]
     return count > 0
 
@@ -432,24 +415,42 @@ def _multiply(x, y, out):
     """Element by element."""
     for k in range(x.shape[1]):
         a, b, c, d, p, q = x[0, k], x[1, k], y[0, k], y[1, k], out[0, k], out[1, k]
-        for j in range(_WIDTH):
+        for j in range(len(p)):
             p[j], q[j] = a[j] * c[j] - b[j] * d[j], a[j] * d[j] + b[j] * c[j]
 
 
 @jit
 def _advance(before, after, Abar, Bbar, leaves, entry, total):
     """One token: after = Abar before + Bbar entry, and total = Re (leaves after), summed over modes."""
-    for c in range(_WIDTH):
+    for c in range(_CHANNELS):
         total[c] = 0
     for k in range(before.shape[1]):
-        x, y, a, b = before[0, k], before[1, k], Abar[0, k], Abar[1, k]
-        p, q, r, s, new_x, new_y = Bbar[0, k], Bbar[1, k], leaves[0, k], leaves[1, k], after[0, k], after[1, k]
-        for c in range(_WIDTH):
-            re = a[c] * x[c] - b[c] * y[c] + p[c] * entry[c]
-            im = a[c] * y[c] + b[c] * x[c] + q[c] * entry[c]
-            new_x[c] = re
-            new_y[c] = im
-            total[c] += r[c] * re - s[c] * im
+        x, y, new_x, new_y = before[0, k], before[1, k], after[0, k], after[1, k]
+        a, b, p, q = Abar[0, k], Abar[1, k], Bbar[0, k], Bbar[1, k]
+        _advance_mode(x, y, new_x, new_y, a, b, p, q, leaves[0, k], leaves[1, k], entry, total)
+
+
+@disjoint
+def _advance_mode(x, y, new_x, new_y, a, b, p, q, r, s, entry, total):
+    for c in range(_CHANNELS):
+        re = a[c] * x[c] - b[c] * y[c] + p[c] * entry[c]
+        im = a[c] * y[c] + b[c] * x[c] + q[c] * entry[c]
+        new_x[c] = re
+        new_y[c] = im
+        total[c] += r[c] * re - s[c] * im
+
+
+@disjoint
+def _advance_states(width, x, y, a, b, p, q, entry, out):
+    """As `_advance`, in place, for complex inputs and outputs in pairs."""
+    for c in range(width):
+        re, im = widen(entry[2 * c]), widen(entry[2 * c + 1])
+        new_x = a[c] * x[c] - b[c] * y[c] + (p[c] * re - q[c] * im)
+        new_y = a[c] * y[c] + b[c] * x[c] + (p[c] * im + q[c] * re)
+        x[c] = new_x
+        y[c] = new_y
+        out[2 * c] = new_x
+        out[2 * c + 1] = new_y
 
 
 @jit
@@ -467,58 +468,81 @@ def _retreat(before, after, Abar, Bbar, leaves, slopes, entry, up, dh, flows, dl
 
     The gradients of Abar and Bbar are added to `flows`.
     """
-    for c in range(_WIDTH):
+    for c in range(_CHANNELS):
         dstep[c] = 0
         dentry[c] = 0
     for k in range(before.shape[1]):
-        x, y, a, b = before[0, k], before[1, k], Abar[0, k], Abar[1, k]
-        p, q, r, s = Bbar[0, k], Bbar[1, k], leaves[0, k], leaves[1, k]
+        x, y, new_x, new_y = before[0, k], before[1, k], after[0, k], after[1, k]
+        a, b, p, q, r, s = Abar[0, k], Abar[1, k], Bbar[0, k], Bbar[1, k], leaves[0, k], leaves[1, k]
         a_t, b_t, p_t, q_t = slopes[0, 0, k], slopes[0, 1, k], slopes[1, 0, k], slopes[1, 1, k]
-        dh_re, dh_im, new_x, new_y = dh[0, k], dh[1, k], after[0, k], after[1, k]
-        da, db, dp, dq, dr, ds = (
-            flows[0, 0, k],
-            flows[0, 1, k],
-            flows[1, 0, k],
-            flows[1, 1, k],
-            dleaves[0, k],
-            dleaves[1, k],
+        g, h, da, db = dh[0, k], dh[1, k], flows[0, 0, k], flows[0, 1, k]
+        dp, dq, dr, ds = flows[1, 0, k], flows[1, 1, k], dleaves[0, k], dleaves[1, k]
+        _retreat_mode(
+            x,
+            y,
+            new_x,
+            new_y,
+            a,
+            b,
+            p,
+            q,
+            r,
+            s,
+            a_t,
+            b_t,
+            p_t,
+            q_t,
+            entry,
+            up,
+            g,
+            h,
+            da,
+            db,
+            dp,
+            dq,
+            dr,
+            ds,
+            dstep,
+            dentry,
         )
-        for c in range(_WIDTH):
-            g, h = dh_re[c] + up[c] * r[c], dh_im[c] - up[c] * s[c]
-            dr[c] += up[c] * new_x[c]
-            ds[c] -= up[c] * new_y[c]
-            dp[c] += entry[c] * g
-            dq[c] += entry[c] * h
-            dentry[c] += p[c] * g + q[c] * h
-            re, im = g * x[c] + h * y[c], h * x[c] - g * y[c]  # of Abar
-            da[c] += re
-            db[c] += im
-            dstep[c] += a_t[c] * re + b_t[c] * im + entry[c] * (p_t[c] * g + q_t[c] * h)
-            dh_re[c] = a[c] * g + b[c] * h
-            dh_im[c] = a[c] * h - b[c] * g
 
 
-@jit
-def _retreat_states(before, entry, Abar, F, slopes, up, dh, flows, dentry, dstep):
-    """As `_retreat`, for complex inputs (as pairs), of which the states themselves come out."""
-    x, y, a, b, p, q = before[0, 0], before[1, 0], Abar[0, 0], Abar[1, 0], F[0, 0], F[1, 0]
-    a_t, b_t, p_t, q_t = slopes[0, 0, 0], slopes[0, 1, 0], slopes[1, 0, 0], slopes[1, 1, 0]
-    dh_re, dh_im = dh[0, 0], dh[1, 0]
-    da, db, dp, dq = flows[0, 0, 0], flows[0, 1, 0], flows[1, 0, 0], flows[1, 1, 0]
-    for c in range(len(dstep)):
-        g, h = dh_re[c] + up[2 * c], dh_im[c] + up[2 * c + 1]
+@disjoint
+def _retreat_mode(
+    x, y, new_x, new_y, a, b, p, q, r, s, a_t, b_t, p_t, q_t, entry, up, g, h, da, db, dp, dq, dr, ds, dstep, dentry
+):
+    for c in range(_CHANNELS):
+        g_all, h_all = g[c] + up[c] * r[c], h[c] - up[c] * s[c]
+        dr[c] += up[c] * new_x[c]
+        ds[c] -= up[c] * new_y[c]
+        dp[c] += entry[c] * g_all
+        dq[c] += entry[c] * h_all
+        dentry[c] += p[c] * g_all + q[c] * h_all
+        re, im = g_all * x[c] + h_all * y[c], h_all * x[c] - g_all * y[c]  # of Abar
+        da[c] += re
+        db[c] += im
+        dstep[c] += a_t[c] * re + b_t[c] * im + entry[c] * (p_t[c] * g_all + q_t[c] * h_all)
+        g[c] = a[c] * g_all + b[c] * h_all
+        h[c] = a[c] * h_all - b[c] * g_all
+
+
+@disjoint
+def _retreat_states(width, x, y, a, b, p, q, a_t, b_t, p_t, q_t, entry, up, g, h, da, db, dp, dq, dstep, dentry):
+    """As `_retreat`, for complex inputs in pairs, where the states themselves come out."""
+    for c in range(width):
+        g_all, h_all = g[c] + up[2 * c], h[c] + up[2 * c + 1]
         u, v = entry[2 * c], entry[2 * c + 1]
-        dentry[2 * c] = p[c] * g + q[c] * h
-        dentry[2 * c + 1] = p[c] * h - q[c] * g
-        re, im = g * x[c] + h * y[c], h * x[c] - g * y[c]  # of Abar
-        f_re, f_im = g * u + h * v, h * u - g * v  # of Bbar
+        dentry[2 * c] = p[c] * g_all + q[c] * h_all
+        dentry[2 * c + 1] = p[c] * h_all - q[c] * g_all
+        re, im = g_all * x[c] + h_all * y[c], h_all * x[c] - g_all * y[c]  # of Abar
+        f_re, f_im = g_all * u + h_all * v, h_all * u - g_all * v  # of Bbar
         da[c] += re
         db[c] += im
         dp[c] += f_re
         dq[c] += f_im
         dstep[c] = a_t[c] * re + b_t[c] * im + p_t[c] * f_re + q_t[c] * f_im
-        dh_re[c] = a[c] * g + b[c] * h
-        dh_im[c] = a[c] * h - b[c] * g
+        g[c] = a[c] * g_all + b[c] * h_all
+        h[c] = a[c] * h_all - b[c] * g_all
 
 
 @jit
@@ -528,12 +552,12 @@ def _settle(dt, F, enters, slopes, flows, grads):
         v, w, s, t = slopes[2, 0, k], slopes[2, 1, k], slopes[3, 0, k], slopes[3, 1, k]
         g, h, x, y = flows[0, 0, k], flows[0, 1, k], flows[1, 0, k], flows[1, 1, k]
         dA_re, dA_im = grads[0, 0, k], grads[0, 1, k]
-        for c in range(_WIDTH):
+        for c in range(len(dt)):
             dA_re[c] += dt[c] * (v[c] * g[c] + w[c] * h[c]) + (s[c] * x[c] + t[c] * y[c])
-        for c in range(_WIDTH):
+        for c in range(len(dt)):
             dA_im[c] += dt[c] * (v[c] * h[c] - w[c] * g[c]) + (s[c] * y[c] - t[c] * x[c])
         p, q, dB_re, dB_im = F[0, k], F[1, k], grads[1, 0, k], grads[1, 1, k]
-        for c in range(_WIDTH):
+        for c in range(len(dt)):
             dB_re[c] += p[c] * x[c] + q[c] * y[c]
             dB_im[c] += p[c] * y[c] - q[c] * x[c]
     flows[:] = 0
