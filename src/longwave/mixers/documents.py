@@ -26,3 +26,19 @@ def mirror(b: int, l: int, reset: Tensor | None, lengths: Tensor | None, device:
     next_begin = torch.cat([torch.where(begins, time, l)[:, 1:], time.new_full((b, 1), l)], 1)
     end = next_begin.flip(1).cummin(1).values.flip(1).minimum(lengths[:, None])
     return torch.where(time < lengths[:, None], begin + end - 1 - time, time)
+
+
+def apart(x: Tensor, reset: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Packed documents in rows of their own: x (b, l, d) -> (n, longest, d), padded on the right, and lengths (n,).
+
+    In reading order: those of row 0 from left to right, then those of row 1. A row of length 0 has none.
+    """
+    b, l, _ = x.shape
+    time = torch.arange(l, device=x.device).expand(b, l)
+    real = (time < l if lengths is None else time < lengths[:, None]).flatten()
+    begins = (reset | (time == 0)).flatten() & real
+    first = begins.nonzero()[:, 0]  # (n,)
+    sizes = (begins.cumsum(0) - 1)[real].bincount(minlength=len(first))
+    longest = int(sizes.max()) if len(first) else 1
+    places = first[:, None] + torch.arange(longest, device=x.device)
+    return x.flatten(0, 1)[places.clamp(max=b * l - 1)], sizes

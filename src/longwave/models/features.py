@@ -104,6 +104,8 @@ class Features(nn.Module):
         """One token per row: x (b, d_input) -> (b, d_model). `state` is updated in place. No gradient."""
         return self.norm_f(self.layers.step(self._project(x), state, dt))
 
+    hidden_step = step  # as a TokenModel has it beside its own step
+
     def init_state(
         self,
         b: int,

@@ -1,4 +1,4 @@
-"""Cross entropy over a large vocabulary, in memory that does not grow with the number of tokens."""
+"""Losses: cross entropy over a large vocabulary, in memory that does not grow with the tokens; and those of heads."""
 
 from collections.abc import Callable
 from typing import Any, TypeGuard
@@ -45,8 +45,7 @@ def linear_cross_entropy(
         raise ValueError(f"targets must be {tuple(hidden.shape[:-1])}, one per token, got {tuple(targets.shape)}")
 
     def part_loss(hidden: Tensor, targets: Tensor) -> Tensor:
-        logits = head(hidden)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        logits = wide(head(hidden))
         kind = "none" if reduction == "none" else "sum"
         return cross_entropy(logits, targets, ignore_index=ignore_index, reduction=kind)
 
@@ -64,6 +63,31 @@ def linear_cross_entropy(
     if reduction == "none":
         return loss.view(targets.shape)
     return loss / (targets != ignore_index).sum() if reduction == "mean" else loss
+
+
+def info_nce(first: Tensor, second: Tensor, temperature: float = 0.05) -> Tensor:
+    """Contrastive loss of vectors (n, d) in pairs: each is to find its partner among all n, in both directions.
+
+    van den Oord et al. 2018, arXiv:1807.03748, equation 4, with dot products, symmetric as in Radford et al. 2021,
+    arXiv:2103.00020. Nats.
+    """
+    scores = wide(first) @ wide(second).T / temperature  # (n, n)
+    partner = torch.arange(len(scores), device=scores.device)
+    return (cross_entropy(scores, partner) + cross_entropy(scores.T, partner)) / 2
+
+
+def squared_error(y: Tensor, targets: Tensor) -> Tensor:
+    """Mean squared error over the targets that are not NaN; nan if there are none. Shapes must be equal."""
+    if y.shape != targets.shape:
+        raise ValueError(f"targets must be {tuple(y.shape)}, got {tuple(targets.shape)}")
+    known = ~targets.isnan()
+    error = wide(y).masked_fill(~known, 0) - targets.masked_fill(~known, 0)
+    return error.square().sum() / known.sum()
+
+
+def wide(x: Tensor) -> Tensor:
+    """x in float32 at least."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _is_plain(head: Callable[[Tensor], Tensor]) -> TypeGuard[nn.Linear]:

@@ -142,7 +142,12 @@ class TokenModel(nn.Module):
 
         Layers whose state grows raise ValueError when it has no room: `state.reserve(n)` makes it.
         """
-        return self.head(self._finish(self.layers.step(self._embed(tokens), state, dt)))
+        return self.head(self.hidden_step(tokens, state, dt))
+
+    @torch.no_grad()
+    def hidden_step(self, tokens: Tensor, state: State, dt: Tensor | float | None = None) -> Tensor:
+        """As `step`, but (b, d) before the head."""
+        return self._finish(self.layers.step(self._embed(tokens), state, dt))
 
     def init_state(
         self,
