@@ -89,6 +89,21 @@ SIZES = {
         "moe_intermediate_size": 24,
         "moe_shared_expert_intermediate_size": 40,
     },
+    "zamba2": {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 6,
+        "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid", "hybrid", "mamba"],
+        "num_mem_blocks": 2,
+        "num_attention_heads": 4,
+        "mamba_d_state": 16,
+        "n_mamba_heads": 8,
+        "mamba_ngroups": 2,
+        "chunk_size": 8,
+        "adapter_rank": 4,
+        "use_mem_rope": True,
+        "use_shared_attention_adapter": True,
+    },
 }
 
 

@@ -12,6 +12,7 @@ from longwave.hub import (
     nemotron_h,
     state_spaces,
     stripedhyena,
+    zamba2,
 )
 from longwave.hub.family import Family
 
@@ -24,6 +25,7 @@ FORMATS: dict[str, Family] = {
     "granitemoehybrid": granitemoehybrid,
     "falcon_h1": falcon_h1,
     "nemotron_h": nemotron_h,
+    "zamba2": zamba2,
     "state_spaces": state_spaces,
     "h3": h3,
     "stripedhyena": stripedhyena,

@@ -3,6 +3,7 @@
 A layer is two of longwave's residual slots, with `input_layernorm` and `pre_ff_layernorm`.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -111,6 +112,14 @@ def mamba2_to(model: LanguageModel.Config, mixer: Mamba2.Config, family: str, wo
         "mamba_proj_bias": mixer.bias,
         "mamba_conv_bias": mixer.conv_bias,
     }
+
+
+def least_dt(mixer: Mamba2.Config, family: str) -> float:
+    """Of families that clamp dt to time_step_min, and above to nothing."""
+    low, high = mixer.dt_limit
+    if low <= 0 or high < math.inf:
+        inexpressible(family, "a dt_limit from above 0 to infinity", f"dt_limit={mixer.dt_limit}")
+    return low
 
 
 def attention_from(config: Mapping[str, Any], d_model: int, n_heads: int, n_kv_heads: int | None) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from longwave.errors import UsageError
-from longwave.hub.hybrid import ALIASES, WEIGHTS, check_architecture
+from longwave.hub.hybrid import ALIASES, WEIGHTS, check_architecture, least_dt
 from longwave.hub.settings import hold, inexpressible, limits, refuse, refuse_unless, setting, size
 from longwave.mixers.attention import Attention
 from longwave.mixers.channel import MLP
@@ -150,16 +150,13 @@ def _ssm_to(model: LanguageModel.Config, mixer: Mamba2.Config) -> dict[str, Any]
     hold(MODEL_TYPE, mixer, "d_state d_conv expand d_inner d_head n_groups dt_limit norm_eps bias conv_bias")
     if mixer.norm_eps != model.norm_eps:
         inexpressible(MODEL_TYPE, "one norm_eps", f"{model.norm_eps}, and {mixer.norm_eps} in its mixers")
-    low, high = mixer.dt_limit
-    if low <= 0 or high < math.inf:
-        inexpressible(MODEL_TYPE, "a dt_limit from above 0 to infinity", f"dt_limit={mixer.dt_limit}")
     return {
         "ssm_state_size": mixer.d_state,
         "conv_kernel": mixer.d_conv,
         "mamba_num_heads": (mixer.d_inner or mixer.expand * model.d_model) // mixer.d_head,
         "mamba_head_dim": mixer.d_head,
         "n_groups": mixer.n_groups,
-        "time_step_min": low,
+        "time_step_min": least_dt(mixer, MODEL_TYPE),
         "time_step_max": mixer.dt_max,
         "time_step_floor": mixer.dt_init_floor,
         "use_bias": mixer.bias,

@@ -1,6 +1,7 @@
 """Layers (b, l, d) -> (b, l, d): mixers mix along time and carry a state, channel mixers treat each token alone.
 
-Encoder layers mix along time too, and need the sequence whole: no state.
+Encoder layers mix along time too, and need the sequence whole: no state. Callers are layers around a mixer that call
+on weights which other layers have too.
 """
 
 from longwave.mixers.attention import Attention
@@ -17,6 +18,7 @@ from longwave.mixers.parallel import Parallel
 from longwave.mixers.rnn import GRU, LSTM
 from longwave.mixers.s4 import S4
 from longwave.mixers.s4d import S4D
+from longwave.mixers.shared import Shared
 
 MIXERS: dict[str, type] = {
     "mamba": Mamba,
@@ -39,4 +41,7 @@ CHANNELS: dict[str, type] = {
 }
 ENCODERS: dict[str, type] = {
     "bidirectional": Bidirectional,
+}
+CALLERS: dict[str, type] = {
+    "shared": Shared,
 }

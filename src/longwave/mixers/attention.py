@@ -79,10 +79,11 @@ class Attention(nn.Module):
             if not self.rotary_scaling > 0:
                 raise UsageError(f"attention: rotary_scaling must be positive, got {self.rotary_scaling}")
 
-    def __init__(self, d_model: int, config: Config | None = None):
+    def __init__(self, d_model: int, config: Config | None = None, *, d_out: int | None = None):
+        """`d_out`: channels of the output, None: d_model."""
         super().__init__()
         self.config = config = config or self.Config()
-        self.d_model = d_model
+        self.d_model, self.d_out = d_model, d_out or d_model
         self.n_heads, self.d_head = _heads(d_model, config)
         self.n_kv_heads = config.n_kv_heads or self.n_heads
         if self.n_heads % self.n_kv_heads:
@@ -97,7 +98,7 @@ class Attention(nn.Module):
         self.q_proj = Linear(d_model, h * p, bias=config.qkv_bias)
         self.k_proj = Linear(d_model, h_kv * p, bias=config.qkv_bias)
         self.v_proj = Linear(d_model, h_kv * p, bias=config.qkv_bias)
-        self.o_proj = Linear(h * p, d_model, bias=config.out_bias)
+        self.o_proj = Linear(h * p, self.d_out, bias=config.out_bias)
 
     def reset_parameters(self) -> None:
         reset_children(self)
@@ -214,7 +215,9 @@ class Attention(nn.Module):
         """Scores and values count for the pairs that are seen: 4 h p each."""
         full = min(length, self.window)
         pairs = full * (full + 1) // 2 + (length - full) * full
-        projections = 4 * self.d_model * (self.n_heads + self.n_kv_heads) * self.d_head
+        projections = (
+            2 * (self.d_model * (self.n_heads + 2 * self.n_kv_heads) + self.d_out * self.n_heads) * self.d_head
+        )
         return length * projections + 4 * self.n_heads * self.d_head * pairs
 
 

@@ -10,13 +10,14 @@ from torch.nn.functional import dropout, layer_norm
 
 from longwave.config import nearest
 from longwave.errors import UsageError
-from longwave.mixers import CHANNELS, ENCODERS, MIXERS
+from longwave.mixers import CALLERS, CHANNELS, ENCODERS, MIXERS
 from longwave.mixers.base import reset_children, takes_dt
 from longwave.mixers.bidirectional import refuse_state
 from longwave.mixers.norm import OuterEpsRMSNorm, RMSNorm
+from longwave.mixers.shared import Shared, SharedState
 from longwave.models.state import State
 
-LAYERS: dict[str, type] = MIXERS | CHANNELS | ENCODERS
+LAYERS: dict[str, type] = MIXERS | CHANNELS | ENCODERS | CALLERS
 """What a slot can hold, by `kind`."""
 
 OUTPUTS = ("out_proj", "o_proj", "down_proj", "fc2", "output_linear", "out_filter_dense")
@@ -119,6 +120,17 @@ class Block(nn.Module):
         x = x + (y if self.residual_multiplier == 1 else self.residual_multiplier * y)
         return self.norm(x) if self.norm_position == "post" else x
 
+    def init_state(self, b: int, length: int, dtype: torch.dtype | None, device: torch.device | str | None) -> Any:
+        if self.kind in CHANNELS:
+            return None
+        return self.mixer.init_state(b, length=length, dtype=dtype, device=device)
+
+    def state_bytes(self, length: int, dtype: torch.dtype | None) -> int:
+        return self.mixer.state_bytes(length, dtype) if self.carries_state else 0
+
+    def flops(self, length: int) -> int:
+        return self.mixer.flops(length)
+
     def reset_parameters(self) -> None:
         reset_children(self)
 
@@ -128,6 +140,56 @@ class Block(nn.Module):
         for name, child in self.mixer.named_modules():
             if name.rpartition(".")[2] in OUTPUTS:
                 child.weight.mul_(factor)  # pyright: ignore[reportCallIssue, reportArgumentType]
+
+
+class SharedBlock(Block):
+    """A slot that adds what the shared Transformer says to the input of its mixer: x + a mixer(norm(x + T(x, x_0))).
+
+    Parameters: those of Block, and transformer. Its calls are given x_0 as `embedded`.
+    """
+
+    def __init__(self, d_model: int, config: Shared.Config, *, norm_eps: float = 1e-5, **options: Any):
+        super().__init__(d_model, config.mixer, norm_eps=norm_eps, **options)
+        self.transformer = Shared(d_model, config, norm_eps=norm_eps)
+
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        x: Tensor,
+        state: SharedState | None = None,
+        *,
+        embedded: Tensor,
+        reset: Tensor | None = None,
+        lengths: Tensor | None = None,
+        dt: Tensor | float | None = None,
+    ) -> tuple[Tensor, SharedState]:
+        mixer, attention = state or (None, None)
+        told, attention = self.transformer(x, embedded, attention, reset=reset, lengths=lengths)
+        y, mixer = self.mixer(self._enter(x + told), mixer, reset=reset, lengths=lengths, **self._rate(dt))
+        return self._join(x, y), SharedState(mixer, attention)
+
+    def step(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, x: Tensor, state: SharedState, dt: Tensor | float | None = None, *, embedded: Tensor
+    ) -> Tensor:
+        told = self.transformer.step(x, embedded, state.attention)
+        return self._join(x, self.mixer.step(self._enter(x + told), state.mixer, **self._rate(dt)))
+
+    def init_state(
+        self, b: int, length: int, dtype: torch.dtype | None, device: torch.device | str | None
+    ) -> SharedState:
+        mixer = super().init_state(b, length, dtype, device)
+        attention = self.transformer.attention.init_state(b, length=length, dtype=dtype, device=device)
+        return SharedState(mixer, attention)
+
+    def state_bytes(self, length: int, dtype: torch.dtype | None) -> int:
+        return super().state_bytes(length, dtype) + self.transformer.attention.state_bytes(length, dtype)
+
+    def flops(self, length: int) -> int:
+        return super().flops(length) + self.transformer.flops(length)
+
+
+def make_block(d_model: int, config: Any, **options: Any) -> Block:
+    """The residual slot for a layer's configuration; `options` are those of Block."""
+    return (SharedBlock if config.kind in CALLERS else Block)(d_model, config, **options)
 
 
 class Stack(nn.ModuleList):
@@ -141,6 +203,7 @@ class Stack(nn.ModuleList):
         super().__init__(blocks)
         self.dropout = dropout
         self.fingerprint = ""
+        self._share()
         self._scale_outputs()
 
     @property
@@ -164,7 +227,7 @@ class Stack(nn.ModuleList):
 
         Raises ValueError for a state of another model, UsageError for one given to bidirectional layers.
         """
-        b, l, _ = x.shape
+        (b, l, _), embedded = x.shape, x
         if state is not None and not self.causal:
             refuse_state()
         if state is None:
@@ -177,29 +240,27 @@ class Stack(nn.ModuleList):
         for i, (block, layer) in enumerate(zip(self, before, strict=True)):
             if i and self.dropout:
                 x = dropout(x, self.dropout, self.training)
-            x, layer = block(x, layer, reset=reset, lengths=lengths, dt=dt)
+            x, layer = block(x, layer, reset=reset, lengths=lengths, dt=dt, **_told(block, embedded))
             after.append(layer)
         return x, State(tuple(after), position + (l if lengths is None else lengths), self.fingerprint)
 
     def step(self, x: Tensor, state: State, dt: Tensor | float | None = None) -> Tensor:
         """x (b, d) -> the same shape; `state` is updated in place."""
+        embedded = x
         for block, layer in zip(self, state.layers, strict=True):
-            x = block.step(x, layer, dt)
+            x = block.step(x, layer, dt, **_told(block, embedded))
         state.position.add_(1)
         return x
 
     def init_state(self, b: int, length: int, dtype: torch.dtype | None, device: torch.device | str | None) -> State:
-        layers = tuple(
-            None if block.kind in CHANNELS else block.mixer.init_state(b, length=length, dtype=dtype, device=device)
-            for block in self
-        )
+        layers = tuple(block.init_state(b, length, dtype, device) for block in self)
         return State(layers, torch.zeros(b, dtype=torch.int64, device=device), self.fingerprint)
 
     def state_bytes(self, length: int, dtype: torch.dtype | None) -> int:
-        return sum(block.mixer.state_bytes(length, dtype) for block in self if block.carries_state)
+        return sum(block.state_bytes(length, dtype) for block in self)
 
     def flops(self, length: int) -> int:
-        return sum(block.mixer.flops(length) for block in self)
+        return sum(block.flops(length) for block in self)
 
     def reset_parameters(self) -> None:
         for block in self:
@@ -209,6 +270,21 @@ class Stack(nn.ModuleList):
     def _scale_outputs(self) -> None:
         for block in self:
             block.scale_output(len(self) ** -0.5)
+
+    def _share(self) -> None:
+        """Let the blocks of one index have the weights of the first of them."""
+        first: dict[int, Shared] = {}
+        for block in self:
+            if isinstance(block, SharedBlock):
+                transformer = block.transformer
+                owner = first.setdefault(transformer.config.index, transformer)
+                if owner is not transformer:
+                    transformer.share(owner)
+
+
+def _told(block: Block, embedded: Tensor) -> dict[str, Tensor]:
+    """What a block is given beside the residual stream."""
+    return {"embedded": embedded} if isinstance(block, SharedBlock) else {}
 
 
 def _with_rate() -> list[str]:

@@ -10,7 +10,7 @@ from longwave.config import from_dict
 from longwave.errors import UsageError
 from longwave.mixers.documents import without_padding
 from longwave.mixers.linear import Linear
-from longwave.models.blocks import NORMS, Block, Stack, check_layers, check_norm, layer_configs
+from longwave.models.blocks import NORMS, Stack, check_layers, check_norm, layer_configs, make_block
 from longwave.models.state import State, fingerprint
 
 
@@ -55,7 +55,7 @@ class Features(nn.Module):
         self.config = config
         d_model, norm = config.d_model, {"norm": config.norm, "norm_eps": config.norm_eps}
         self.in_proj = Linear(config.d_input, d_model) if config.d_input != d_model else None
-        blocks = (Block(d_model, layer, norm_position=config.norm_position, **norm) for layer in config.layers)
+        blocks = (make_block(d_model, layer, norm_position=config.norm_position, **norm) for layer in config.layers)
         self.layers = Stack(blocks, dropout=config.dropout)
         self.norm_f = NORMS[config.norm](d_model, eps=config.norm_eps)
         self.layers.fingerprint = fingerprint(config, self)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from longwave.config import from_dict
 from longwave.errors import UsageError
 from longwave.mixers.linear import Linear
-from longwave.models.blocks import NORMS, Block, Stack, check_layers, check_norm, layer_configs
+from longwave.models.blocks import NORMS, Block, Stack, check_layers, check_norm, layer_configs, make_block
 from longwave.models.state import fingerprint
 from longwave.models.token_model import TokenModel
 
@@ -97,7 +97,7 @@ class LanguageModel(TokenModel):
 
 
 def _block(config: LanguageModel.Config, layer: Any) -> Block:
-    return Block(
+    return make_block(
         config.d_model,
         layer,
         norm=config.norm,
