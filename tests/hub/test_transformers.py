@@ -18,6 +18,7 @@ FALCON_H1_MULTIPLIERS = {
     "ssm_multipliers": [0.3, 0.7, 1.5, 2.0, 0.9],
     "mlp_multipliers": [0.4, 1.7],
 }
+TURNS_A_QUARTER = {"rope_type": "default", "rope_theta": 50.0, "partial_rotary_factor": 0.25}
 CASES = {
     "mamba": ("mamba", {}),
     "mamba with other biases": ("mamba", {"use_bias": True, "use_conv_bias": False}),
@@ -64,6 +65,7 @@ CASES = {
             "rope_parameters": {"rope_type": "default", "rope_theta": 50.0},
         },
     ),
+    "bamba that turns a quarter": ("bamba", {"rope_parameters": TURNS_A_QUARTER}),
     "bamba with dt limits, other heads": (
         "bamba",
         {"time_step_limit": (0.005, 0.02), "head_dim": 12, "mamba_n_heads": 4, "attn_layer_indices": [0, 2]},
@@ -163,6 +165,7 @@ WRITTEN = {
             "rope_parameters": {"rope_type": "default", "rope_theta": 50.0},
         },
     ),
+    "bamba that turns a quarter": ("bamba", {"rope_parameters": TURNS_A_QUARTER}),
     "bamba, no attention": ("bamba", {"attn_layer_indices": None, "mamba_proj_bias": True, "rms_norm_eps": 1e-3}),
     "granitemoehybrid": ("granitemoehybrid", {"position_embedding_type": "rope", "attention_bias": True}),
     "granitemoehybrid without experts": ("granitemoehybrid", {"num_local_experts": 0, "mamba_conv_bias": False}),

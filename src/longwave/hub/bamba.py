@@ -8,7 +8,7 @@ import torch
 from longwave.hub import hybrid
 from longwave.hub.hybrid import ALIASES, WEIGHTS
 from longwave.hub.keys import Rename
-from longwave.hub.settings import hold, inexpressible, refuse_unless, setting, size
+from longwave.hub.settings import hold, refuse_unless, setting, size
 from longwave.mixers.attention import Attention
 from longwave.mixers.channel import SwiGLU
 from longwave.mixers.mamba2 import Mamba2
@@ -17,7 +17,6 @@ from longwave.models.language_model import LanguageModel
 __all__ = ["ALIASES", "WEIGHTS", "config_from", "config_to", "matches", "rename"]
 
 MODEL_TYPE, ARCHITECTURE = "bamba", "BambaForCausalLM"
-ROTARY = 0.5  # transformers sets it whatever config.json says
 
 
 def matches(config: Mapping[str, Any]) -> bool:
@@ -29,7 +28,10 @@ def config_from(config: Mapping[str, Any]) -> LanguageModel.Config:
     refuse_unless(config, hybrid.SUPPORTED)
     d_model = size(config, "hidden_size", 4096)
     ssm = Mamba2.Config(**hybrid.mamba2_from(config, size(config, "mamba_expand", 2) * d_model))
-    attention = Attention.Config(**hybrid.attention_from(config, d_model, 32, 8), rotary=ROTARY)
+    rope = setting(config, "rope_parameters", dict, {})
+    attention = Attention.Config(
+        **hybrid.attention_from(config, d_model, 32, 8), rotary=setting(rope, "partial_rotary_factor", float, 0.5)
+    )
     mlp = SwiGLU.Config(d_inner=size(config, "intermediate_size", 14336), bias=setting(config, "mlp_bias", bool, False))
     attention_at = setting(config, "attn_layer_indices", list, [])
     layers = ((attention if i in attention_at else ssm, mlp) for i in range(size(config, "num_hidden_layers", 32)))
@@ -49,8 +51,9 @@ def config_to(model: LanguageModel.Config) -> dict[str, Any]:
     ssm, attention = hybrid.one_of_each(mixers, (Mamba2.Config, Attention.Config), MODEL_TYPE)
     (mlp,) = hybrid.one_of_each(channels, (SwiGLU.Config,), MODEL_TYPE)
     hold(MODEL_TYPE, mlp, "d_inner bias")
-    if attention and attention.rotary != ROTARY:
-        inexpressible(MODEL_TYPE, f"attention of rotary={ROTARY}", f"rotary={attention.rotary}")
+    attention = attention or Attention.Config(n_heads=1, rotary=0.5)
+    written = hybrid.attention_to(model, attention, MODEL_TYPE, "rotary")
+    written["rope_parameters"] |= {"partial_rotary_factor": attention.rotary}
     with torch.device("meta"):
         d_mlp = SwiGLU(model.d_model, mlp).d_inner
     return {
@@ -66,7 +69,7 @@ def config_to(model: LanguageModel.Config) -> dict[str, Any]:
         "intermediate_size": d_mlp,
         "mlp_bias": mlp.bias,
         **hybrid.mamba2_to(model, ssm or Mamba2.Config(norm_eps=model.norm_eps), MODEL_TYPE),
-        **hybrid.attention_to(model, attention or Attention.Config(n_heads=1), MODEL_TYPE, "rotary"),
+        **written,
     }
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from longwave.errors import UsageError
 from longwave.hub import hybrid
 from longwave.hub.hybrid import ALIASES, WEIGHTS
 from longwave.hub.keys import Rename, stacked
@@ -43,7 +44,9 @@ def config_from(config: Mapping[str, Any]) -> LanguageModel.Config:
             scale=setting(config, "attention_multiplier", float, 1.0),
         ),
     }
-    channel = _channel_from(config)
+    channel, divisor = _channel_from(config), setting(config, "logits_scaling", float, 1.0)
+    if divisor <= 0:
+        raise UsageError(f"config.json: logits_scaling must be above 0, got {divisor}")
     return LanguageModel.Config(
         vocab_size=size(config, "vocab_size", 32000),
         d_model=d_model,
@@ -52,7 +55,7 @@ def config_from(config: Mapping[str, Any]) -> LanguageModel.Config:
         tie_embeddings=setting(config, "tie_word_embeddings", bool, False),
         embedding_multiplier=setting(config, "embedding_multiplier", float, 1.0),
         residual_multiplier=setting(config, "residual_multiplier", float, 1.0),
-        logits_multiplier=1 / setting(config, "logits_scaling", float, 1.0),
+        logits_multiplier=1 / divisor,
     )
 
 
