@@ -9,7 +9,7 @@ from longwave.ops.register import Impl, define, use_kernel
 from longwave.ops.selective_scan import reference
 
 # Tokens between the states that the forward keeps for the backward, which computes those in between again.
-_CHUNK_LEN = 32
+_CHUNK_LEN = {"cuda": 64}  # elsewhere 32
 
 
 def selective_scan(
@@ -135,6 +135,7 @@ _forward = define(
     f"selective_scan_forward({_ARGUMENTS}) -> (Tensor, Tensor, Tensor)",
     fake=_fake_forward,
     cpu="longwave.ops.selective_scan.cpu:forward",
+    cuda="longwave.ops.selective_scan.triton:forward",
 )
 _backward = define(
     # The gradients of x to initial_state; empty where there was none.
@@ -142,12 +143,14 @@ _backward = define(
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=_fake_backward,
     cpu="longwave.ops.selective_scan.cpu:backward",
+    cuda="longwave.ops.selective_scan.triton:backward",
 )
 _step = define(
     "selective_scan_step(Tensor(a!) state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, "
     "Tensor? dt_bias, bool dt_softplus, bool log_A) -> Tensor",
     fake=lambda state, x, *rest: x.new_empty(x.shape),
     cpu="longwave.ops.selective_scan.cpu:step",
+    cuda="longwave.ops.selective_scan.triton:step",
     step=True,
 )
 
@@ -156,7 +159,8 @@ class _SelectiveScan(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *arguments):
         *inputs, dt_softplus = arguments
-        y, final_state, states = _forward(*inputs, dt_softplus, _CHUNK_LEN)
+        ctx.chunk_len = _CHUNK_LEN.get(inputs[0].device.type, 32)
+        y, final_state, states = _forward(*inputs, dt_softplus, ctx.chunk_len)
         ctx.save_for_backward(states, *inputs)
         ctx.dt_softplus = dt_softplus
         return y, final_state
@@ -165,6 +169,6 @@ class _SelectiveScan(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy, dfinal):  # pyright: ignore[reportIncompatibleMethodOverride]
         states, *inputs = ctx.saved_tensors
-        grads = _backward(dy, dfinal, states, *inputs, ctx.dt_softplus, _CHUNK_LEN)
+        grads = _backward(dy, dfinal, states, *inputs, ctx.dt_softplus, ctx.chunk_len)
         given = (None if t is None else grad for t, grad in zip(inputs, grads, strict=False))
         return (*given, None, None, None)

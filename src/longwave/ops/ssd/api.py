@@ -120,19 +120,24 @@ _ARGUMENTS = (
     "Tensor? reset, Tensor? lengths, bool dt_softplus, float dt_min, float dt_max, int? chunk_len"
 )
 _forward = define(
-    f"ssd_forward({_ARGUMENTS}) -> (Tensor, Tensor)", fake=_fake_forward, cpu="longwave.ops.ssd.cpu:forward"
+    f"ssd_forward({_ARGUMENTS}) -> (Tensor, Tensor)",
+    fake=_fake_forward,
+    cpu="longwave.ops.ssd.cpu:forward",
+    cuda="longwave.ops.ssd.triton:forward",
 )
 _backward = define(
     f"ssd_backward(Tensor dy, Tensor dfinal, {_ARGUMENTS}) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=_fake_backward,
     cpu="longwave.ops.ssd.cpu:backward",
+    cuda="longwave.ops.ssd.triton:backward",
 )
 _step = define(
     "ssd_step(Tensor(a!) state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, "
     "Tensor? dt_bias, bool dt_softplus, float dt_min, float dt_max) -> Tensor",
     fake=lambda state, x, *rest: torch.empty_like(x, memory_format=torch.contiguous_format),
     cpu="longwave.ops.ssd.cpu:step",
+    cuda="longwave.ops.ssd.triton:step",
     step=True,
 )
 

@@ -1,0 +1,114 @@
+"""The Triton kernels under Triton's interpreter, on the CPU: the contract of test_ops.py, on small shapes.
+
+bfloat16 is left to a GPU (`-m gpu`): the interpreter's products of it are wrong.
+"""
+
+import importlib
+import importlib.util
+
+import pytest
+import torch
+from test_ops import CASES, STATEFUL, cast, error, inputs, results, samples
+
+from longwave.ops import OPS
+
+if importlib.util.find_spec("triton") is None or torch.cuda.is_available():
+    pytest.skip("needs Triton, and no GPU: there test_gpu.py runs the kernels themselves", allow_module_level=True)
+
+torch.set_num_threads(1)
+
+
+HAVE = {name for name in OPS if importlib.util.find_spec(f"longwave.ops.{name}.triton") is not None}
+CASES = [case for case in CASES if case[0] in HAVE]
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """Send an operator's calls to its Triton launchers."""
+
+    def use(name):
+        module, api = (importlib.import_module(f"longwave.ops.{name}.{part}") for part in ("triton", "api"))
+        for launcher in ("forward", "backward", "step"):
+            if hasattr(module, launcher):
+                monkeypatch.setattr(api, f"_{launcher}", getattr(module, launcher))
+        return module
+
+    return use
+
+
+def within_budget(name, i, dtype, context):
+    kwargs = inputs(name, i, dtype, **dict.fromkeys(context, True))
+    truth = results(name, cast(kwargs, torch.float64), "reference")
+    same = results(name, cast(kwargs, dtype), "reference")
+    kernel = results(name, cast(kwargs, dtype), "fused")
+    for key, value in truth.items():
+        rounding = torch.finfo(dtype).eps * value.norm().item()
+        assert error(kernel[key], value) <= 2 * error(same[key], value) + rounding, key
+
+
+@pytest.mark.parametrize(("name", "i"), CASES)
+def test_error_budget_with_state_reset_and_lengths(interpreted, name, i):
+    interpreted(name)
+    within_budget(name, i, torch.float32, ("state", "reset", "lengths") if (name, i) in STATEFUL else ())
+
+
+@pytest.mark.parametrize("name", sorted(HAVE))
+def test_error_budget_in_float16(interpreted, name):
+    interpreted(name)
+    within_budget(name, 0, torch.float16, ())
+    within_budget(name, 3, torch.float16, ())
+
+
+@pytest.mark.parametrize(("name", "knob", "least"), [("ssd", "_SEGMENT_CHUNKS", 1), ("selective_scan", "_SEGMENT", 16)])
+def test_segments_of_l_make_no_difference(interpreted, monkeypatch, name, knob, least):
+    """Few rows and heads: l is cut, and the pieces' states are passed on."""
+    module = interpreted(name)
+    monkeypatch.setattr(module, knob, least)
+    i = next(i for i, shape in enumerate(samples(name).SHAPES) if shape["l"] == 100)
+    within_budget(name, i, torch.float32, ("state", "reset", "lengths"))
+
+
+@pytest.mark.parametrize("name", sorted({name for name, _ in STATEFUL} & HAVE))
+def test_padding_cannot_leak(interpreted, name):
+    interpreted(name)
+    kwargs = cast(inputs(name, 1, lengths=True, reset=True), torch.float32)
+    b, l = kwargs["x"].shape[:2]
+    padding = torch.arange(l) >= kwargs["lengths"][:, None]
+    poisoned = dict(kwargs)
+    for key, value in kwargs.items():
+        if isinstance(value, torch.Tensor) and value.is_floating_point() and value.shape[:2] == (b, l):
+            mask = padding.view(b, l, *[1] * (value.ndim - 2))
+            poisoned[key] = torch.where(mask, torch.nan, value.detach()).requires_grad_()
+    y, final = OPS[name](**poisoned)
+    expected_y, expected_final = OPS[name](**kwargs)
+    torch.testing.assert_close(y, expected_y, rtol=0, atol=0)
+    torch.testing.assert_close(final, expected_final, rtol=0, atol=0)
+    assert (y[padding] == 0).all()
+    (y.sum() + final.sum()).backward()
+    for value in poisoned.values():
+        if isinstance(value, torch.Tensor) and value.requires_grad:
+            assert torch.isfinite(value.grad).all()
+
+
+@pytest.mark.parametrize("name", sorted(HAVE & {"ssd", "selective_scan", "causal_conv1d"}))
+def test_step(interpreted, name):
+    """A step equals the reference on one token, and updates the state in place."""
+    module = interpreted(name)
+    kwargs = inputs(name, 1, torch.float32, state=True)
+    state = kwargs.pop("initial_state")
+    b, l = kwargs["x"].shape[:2]
+    first = {
+        key: value[:, :1] if isinstance(value, torch.Tensor) and value.shape[:2] == (b, l) else value
+        for key, value in kwargs.items()
+    }
+    y, final = OPS[name](**first, initial_state=state, impl="reference")
+    token = {
+        key: value[:, 0] if isinstance(value, torch.Tensor) and value.shape[:2] == (b, 1) else value
+        for key, value in first.items()
+    }
+    api = importlib.import_module(f"longwave.ops.{name}.api")
+    assert hasattr(module, "step")
+    token.pop("chunk_len", None)
+    stepped = getattr(api, f"{name}_step")(state, **token)
+    torch.testing.assert_close(stepped, y[:, 0], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(state, final, rtol=1e-5, atol=1e-6)
