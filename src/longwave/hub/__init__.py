@@ -6,6 +6,7 @@ from longwave.hub import (
     falcon_mamba,
     granitemoehybrid,
     h3,
+    hyena,
     jamba,
     mamba,
     mamba2,
@@ -28,5 +29,6 @@ FORMATS: dict[str, Family] = {
     "zamba2": zamba2,
     "state_spaces": state_spaces,
     "h3": h3,
+    "hyena": hyena,
     "stripedhyena": stripedhyena,
 }

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from longwave.config import nearest
 from longwave.errors import LongwaveError, UsageError
@@ -37,7 +36,8 @@ def export(model: TextModel | TokenModel, folder: str | Path, format: str) -> No
     if not family.WEIGHTS.endswith(".safetensors"):
         if model.config.tie_embeddings:  # readers of state dicts expect both names
             tensors[f"{rename['lm_head']}.weight"] = tensors[f"{rename['embedding']}.weight"]
-        _write_pickle(folder / family.WEIGHTS, tensors)
+        checkpoint = family.WEIGHTS.endswith(".ckpt")
+        _write_pickle(folder / family.WEIGHTS, {"state_dict": tensors} if checkpoint else tensors)
     else:
         write_safetensors(folder / family.WEIGHTS, tensors, {"format": "pt"})
     write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
@@ -66,7 +66,7 @@ def _make_folder(folder: Path, weights: str) -> Path:
     return folder
 
 
-def _write_pickle(path: Path, tensors: dict[str, Tensor]) -> None:
+def _write_pickle(path: Path, tensors: dict[str, Any]) -> None:
     with replacing(path) as temporary:
         try:
             torch.save(tensors, temporary)

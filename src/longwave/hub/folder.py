@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from longwave.errors import LongwaveError, UsageError
+from longwave.hub import inert_pickle
 from longwave.hub.run_folder import complete_checkpoints
 from longwave.models.saving import Stored, first_line, open_safetensors
 
@@ -18,6 +19,7 @@ WEIGHT_FILES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
     "model.pt",
+    "weights.ckpt",
 )
 
 
@@ -48,9 +50,10 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def open_weights(folder: Path) -> dict[str, Stored]:
-    """Every tensor of the folder, by name: safetensors or pytorch_model.bin, whole or sharded, or model.pt.
+    """Every tensor of the folder, by name: safetensors or pytorch_model.bin, whole or sharded, model.pt, weights.ckpt.
 
-    Nothing but tensors is unpickled. Raises LongwaveError on a missing, truncated or foreign file.
+    Nothing but tensors is unpickled: of a training run's checkpoint (.ckpt), what else it holds is passed over.
+    Raises LongwaveError on a missing, truncated or foreign file.
     """
     name = next((name for name in WEIGHT_FILES if (folder / name).is_file()), None)
     if name is None:
@@ -91,12 +94,19 @@ def _open_file(file: Path) -> dict[str, Stored]:
     return open_safetensors(file)[0] if file.suffix == ".safetensors" else _open_pickle(file)
 
 
+def _unpickle(file: Path) -> Any:
+    # What torch wrote before 1.6 is no zip archive, and cannot be mapped.
+    is_zip = zipfile.is_zipfile(file)
+    if file.suffix == ".ckpt" and is_zip:
+        return torch.load(file, map_location="cpu", weights_only=False, pickle_module=inert_pickle, mmap=True)
+    return torch.load(file, map_location="cpu", weights_only=True, mmap=is_zip)
+
+
 def _open_pickle(file: Path) -> dict[str, Stored]:
     if not file.is_file():
         raise LongwaveError(f"cannot read {file}: there is no such file; copy the folder again")
     try:
-        # What torch wrote before 1.6 is no zip archive, and cannot be mapped.
-        tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+        tensors = _unpickle(file)
     except Exception as error:  # on foreign bytes the unpickler raises whatever it stumbles over
         raise LongwaveError(
             f"cannot read {file}: it is damaged, or holds other objects than tensors, which longwave does not "
