@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from longwave.config import to_dict
 from longwave.errors import UsageError
-from longwave.mixers import Attention, Mamba, Mamba2
+from longwave.mixers import Attention, Mamba, Mamba2, nested
 from longwave.models.language_model import LanguageModel
 from longwave.models.loss import linear_cross_entropy
 
@@ -26,7 +26,7 @@ def step_all(model, tokens, state):
 
 
 def tensors(state):
-    return [state.position, *(t for layer in state.layers if layer is not None for t in layer)]
+    return [state.position, *nested.tensors(state.layers)]
 
 
 @torch.no_grad()
@@ -293,7 +293,7 @@ def test_json_round_trip(model, options):
         (lambda d: d["layers"][1].pop("kind"), r"layers\[1\] is .* no layer's configuration"),
         (lambda d: d.update(layers=[]), "at least one configuration"),
         (lambda d: d.pop("vocab_size"), "vocab_size"),
-        (lambda d: d.update(norm="batch"), "norm must be 'rms' or 'layer', got 'batch'"),
+        (lambda d: d.update(norm="batch"), "norm must be 'rms' or 'layer' or 'rms_outer_eps', got 'batch'"),
         (lambda d: d.update(vocab_size=0), "at least 1, got 0"),
     ],
 )

@@ -11,7 +11,7 @@ from torch.nn.functional import dropout, layer_norm
 from longwave.config import nearest
 from longwave.errors import UsageError
 from longwave.mixers import CALLERS, CHANNELS, ENCODERS, MIXERS
-from longwave.mixers.base import reset_children, takes_dt
+from longwave.mixers.base import reset_children, scaled, takes_dt
 from longwave.mixers.bidirectional import refuse_state
 from longwave.mixers.norm import OuterEpsRMSNorm, RMSNorm
 from longwave.mixers.shared import Shared, SharedState
@@ -117,7 +117,7 @@ class Block(nn.Module):
             y = self.norm(y)
         elif self.norm_out is not None:
             y = self.norm_out(y)
-        x = x + (y if self.residual_multiplier == 1 else self.residual_multiplier * y)
+        x = x + scaled(y, self.residual_multiplier)
         return self.norm(x) if self.norm_position == "post" else x
 
     def init_state(self, b: int, length: int, dtype: torch.dtype | None, device: torch.device | str | None) -> Any:

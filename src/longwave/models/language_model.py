@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from longwave.config import from_dict
 from longwave.errors import UsageError
+from longwave.mixers.base import scaled
 from longwave.mixers.linear import Linear
 from longwave.models.blocks import NORMS, Block, Stack, check_layers, check_norm, layer_configs, make_block
 from longwave.models.state import fingerprint
@@ -26,6 +27,8 @@ class LanguageModel(TokenModel):
     normal with standard deviation 0.02, weights that write into the residual stream divided by sqrt(number of slots);
     the rest as each layer has it.
     """
+
+    layers: Stack  # pyright: ignore[reportIncompatibleVariableOverride]
 
     @dataclass(frozen=True, kw_only=True)
     class Config:
@@ -87,13 +90,13 @@ class LanguageModel(TokenModel):
     def _embed(self, tokens: Tensor) -> Tensor:
         x = self.embedding(tokens)
         x = x.to(torch.promote_types(x.dtype, torch.float32)) if self.config.residual_fp32 else x
-        return _times(self.config.embedding_multiplier, x)
+        return scaled(x, self.config.embedding_multiplier)
 
     def _finish(self, x: Tensor) -> Tensor:
         return self.norm_f(x).to(self.embedding.weight.dtype)
 
     def _to_head(self, hidden: Tensor) -> Tensor:
-        return _times(self.config.logits_multiplier, hidden)
+        return scaled(hidden, self.config.logits_multiplier)
 
 
 def _block(config: LanguageModel.Config, layer: Any) -> Block:
@@ -105,7 +108,3 @@ def _block(config: LanguageModel.Config, layer: Any) -> Block:
         norm_position=config.norm_position,
         residual_multiplier=config.residual_multiplier,
     )
-
-
-def _times(multiplier: float, x: Tensor) -> Tensor:
-    return x if multiplier == 1 else multiplier * x
