@@ -21,6 +21,13 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         SMALL | {"dt_limit": (0.01, 0.05), "D_per_channel": True, "norm_before_gate": True, "conv_bias": False},
     ),
     "mamba2-without-norm": ("mamba2", SMALL | {"norm": False, "in_multipliers": (0.5, 2.0, 3.0, 0.7, 1.5)}),
+    "mamba3": ("mamba3", SMALL),
+    "mamba3-groups": (
+        "mamba3",
+        {"d_state": 5, "d_head": 4, "d_inner": 24, "n_groups": 3, "norm": True, "chunk_len": 4},
+    ),
+    "mamba3-mimo": ("mamba3", SMALL | {"mimo_rank": 2, "rope_fraction": 1.0, "A_activation": "softplus"}),
+    "mamba3-mimo-norm": ("mamba3", SMALL | {"mimo_rank": 3, "n_groups": 2, "norm": True, "A_floor": 0.5}),
     "h3": ("h3", {"d_state": 6}),
     "h3-heads": ("h3", {"d_state": 4, "d_head": 2, "method": "zoh"}),
     "hyena": ("hyena", {"l_max": 32, "d_filter": 8}),

@@ -282,6 +282,11 @@ def beside_products(mixer, length):
         return 2 * 2 * mixer.n_heads * mixer.d_head * seen
     if kind in ("lstm", "gru"):
         return 0
+    if kind == "mamba3":
+        e, n, r = mixer.d_inner, config.d_state, config.mimo_rank or 1
+        mimo = 0 if config.mimo_rank is None else e * r * (1 + 2)  # mimo_x, mimo_o
+        state = e * n * (1 + 2 * r + 2 * r + 2 * r)  # decay, k before, k now, q
+        return length * (state + e * r * (1 + 1 + 2) + mixer.n_heads * 4 + mimo)
     if kind == "lti" or (kind == "s4" and config.discretization == "zoh"):
         return length * mixer.d_model * (2 * config.d_state * (config.d_state + 1 + 1) + 2 * config.skip)
     if kind == "s4":

@@ -13,6 +13,7 @@ from longwave.mixers.hyena_modal import HyenaModal
 from longwave.mixers.lti import LTI
 from longwave.mixers.mamba import Mamba
 from longwave.mixers.mamba2 import Mamba2
+from longwave.mixers.mamba3 import Mamba3
 from longwave.mixers.moe import MoE
 from longwave.mixers.parallel import Parallel
 from longwave.mixers.rnn import GRU, LSTM
@@ -23,6 +24,7 @@ from longwave.mixers.shared import Shared
 MIXERS: dict[str, type] = {
     "mamba": Mamba,
     "mamba2": Mamba2,
+    "mamba3": Mamba3,
     "h3": H3,
     "hyena": Hyena,
     "hyena_modal": HyenaModal,
