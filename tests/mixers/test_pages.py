@@ -7,16 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from longwave.mixers import CHANNELS, ENCODERS, MIXERS
+from longwave.mixers import CALLERS, CHANNELS, ENCODERS, MIXERS
 
 PAGES = Path(__file__).parents[2] / "docs" / "mixers"
+KINDS = [*MIXERS, *CHANNELS, *ENCODERS, *CALLERS]
 
 
 def test_every_mixer_has_a_page():
-    assert {page.stem for page in PAGES.glob("*.md")} == {*MIXERS, *CHANNELS, *ENCODERS, "README"}
+    assert {page.stem for page in PAGES.glob("*.md")} == {*KINDS, "README"}
 
 
-@pytest.mark.parametrize("kind", [*MIXERS, *CHANNELS, *ENCODERS])
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_example_prints_what_it_says(kind):
     (example,) = re.findall(r"```python\n(.*?)```", (PAGES / f"{kind}.md").read_text(), re.DOTALL)
     said = re.findall(r"^print\(.*\)  +# (.*)$", example, re.MULTILINE)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from longwave.mixers import GRU, LSTM, MLP, Attention, Mamba, Mamba2, SwiGLU
+from longwave.mixers import GRU, LSTM, MLP, Attention, Mamba, Mamba2, Parallel, Shared, SwiGLU
 from longwave.models.language_model import LanguageModel
 
 MAMBA = Mamba.Config(d_state=4)
@@ -10,11 +10,13 @@ ATTENTION = Attention.Config(n_heads=4, n_kv_heads=2)
 WINDOWED = Attention.Config(n_heads=2, window=5, rotary=0.5)
 SWIGLU = SwiGLU.Config(d_inner=48)
 MLP_ = MLP.Config(d_inner=40)
+SHARED = Shared.Config(mixer=MAMBA2, attention=Attention.Config(n_heads=4), d_inner=24, rank=3, attention_adapters=True)
 PATTERNS = {
     "mamba": (MAMBA, MAMBA),
     "mamba2": (MAMBA2, MAMBA2),
     "transformer": (ATTENTION, SWIGLU, WINDOWED, MLP_),
     "rnn": (LSTM.Config(), GRU.Config(d_hidden=24)),
+    "nested": (Parallel.Config(mixers=(MAMBA2, WINDOWED)), SHARED, SWIGLU, SHARED),
     "hybrid": (MAMBA, SWIGLU, WINDOWED, MLP_, MAMBA2, GRU.Config(), ATTENTION),
 }
 

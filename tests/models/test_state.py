@@ -10,11 +10,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from longwave.errors import LongwaveError
+from longwave.mixers import nested
 from longwave.models.state import State
 
 
 def tensors(state):
-    return [state.position, *(t for layer in state.layers if layer is not None for t in layer)]
+    return [state.position, *nested.tensors(state.layers)]
 
 
 def equal(a, b):
