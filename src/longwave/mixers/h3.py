@@ -117,12 +117,17 @@ class H3(Float32Parameters):
         """u = k v^T (..., h p p), dt of that shape, A, B, C (h p p, n/2, 2) of the scan."""
         heads = (self.n_heads, self.config.d_head)
         u = k.unflatten(-1, heads)[..., None] * v.unflatten(-1, heads)[..., None, :]  # (..., h, p, p)
-        dt, A, B, C = (part.repeat_interleave(self.config.d_head**2, dim=0) for part in self.kernel.kernel.system())
+        dt, A, B, C = map(self._for_all_products, self.kernel.kernel.system())
         u = u.flatten(-3)
         return u, dt.expand(u.shape), A, B, C
 
     def _options(self) -> dict[str, Any]:
-        return {"method": self.config.method, "D": self.D.repeat_interleave(self.config.d_head**2)}
+        return {"method": self.config.method, "D": self._for_all_products(self.D)}
+
+    def _for_all_products(self, of_heads: Tensor) -> Tensor:
+        """(h, ...) -> (h p p, ...): what the products of a head share."""
+        p = self.config.d_head
+        return of_heads if p == 1 else of_heads.repeat_interleave(p * p, dim=0)
 
     def _read(self, q: Tensor, y: Tensor) -> Tensor:
         """q^T S of each head, and the output projection."""

@@ -164,10 +164,11 @@ class ModalFilter(Float32Parameters):
 
     def system(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """u, dt (1, of u's shape), A, B, C of the scan: Abar = exp(A) = p, Bbar = 1, 2 Re C s = Re R s."""
-        poles = torch.view_as_complex(self.poles[:, :, 0].contiguous())  # (d, n)
-        B = torch.view_as_real(torch.ones_like(poles))
-        dt = torch.ones((), dtype=self.D.dtype, device=u.device).expand(u.shape)
-        return u, dt, torch.view_as_real(poles.log()), B, self.residues[:, :, 0] / 2
+        real, imaginary = self.poles[:, :, 0].unbind(-1)  # (d, n)
+        log = torch.stack([torch.hypot(real, imaginary).log(), torch.atan2(imaginary, real)], dim=-1)
+        one = log.new_tensor([1.0, 0.0]).expand_as(log)
+        dt = log.new_ones(()).expand(u.shape)
+        return u, dt, log, one, self.residues[:, :, 0] / 2
 
     def options(self) -> dict[str, Any]:
         return {"method": "dirac", "D": self.D}
