@@ -8,7 +8,10 @@ import pytest
 from longwave.cli import doctor, kernel_check
 from longwave.ops import OPS
 
-STEPS = {"causal_conv1d_step", "mamba3_scan_step", "selective_scan_step", "ssd_step", "linear_step"}
+BESIDES = {"linear_step", "ssm_kernel"}
+BESIDES |= {
+    f"{name}_step" for name in ("causal_conv1d", "diagonal_scan", "fft_conv", "mamba3_scan", "selective_scan", "ssd")
+}
 
 
 @pytest.fixture
@@ -20,7 +23,7 @@ def test_all_is_well(longwave):
     done = longwave("doctor", "--json")
     assert done.status == 0
     found = json.loads(done.out)
-    assert set(found["kernels"]) == set(OPS) | STEPS
+    assert set(found["kernels"]) == set(OPS) | BESIDES
     assert all(check["ok"] and check["error"] > 0 for check in found["kernels"].values())
     assert found["import"].startswith("torch ")
     assert "torch 2" in found["packages"]
@@ -28,8 +31,8 @@ def test_all_is_well(longwave):
 
 def test_text(longwave, quick):
     out = longwave("doctor").out
-    assert all(f"\n{name} " in out for name in STEPS)
-    assert out.count("ok ") == len(OPS) + len(STEPS)
+    assert all(f"\n{name} " in out for name in BESIDES)
+    assert out.count("ok ") == len(OPS) + len(BESIDES)
     assert "WRONG" not in out
 
 

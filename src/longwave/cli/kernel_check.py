@@ -14,6 +14,7 @@ from torch import Tensor
 from longwave.mixers.nested import map_tensors, tensors
 from longwave.ops import OPS
 from longwave.ops.linear_step import linear_step
+from longwave.ops.ssm_kernel import vandermonde_kernel
 
 SHAPE = 1  # of each operator's samples: with an odd length and all its options
 
@@ -35,7 +36,7 @@ class Check:
 
 def check_kernels() -> Iterator[Check]:
     """One after another, as they are done: every operator, and every form for a single token."""
-    for name, op in (OPS | {"linear_step": linear_step}).items():
+    for name, op in (OPS | {"linear_step": linear_step, "ssm_kernel": vandermonde_kernel}).items():
         samples = importlib.import_module(f"longwave.ops.{name}.samples")
         inputs = samples.make(samples.SHAPES[SHAPE], torch.float32)
         double = {key: value.double() if _is_float(value) else value for key, value in inputs.items()}
@@ -57,7 +58,7 @@ def _compare(name: str, kernel: Callable[..., Any], inputs: dict[str, Any], trut
 
 def _token_by_token(step: Callable[..., Tensor], final: Any, **inputs: Any) -> tuple[Tensor, Any]:
     """All outputs of a step over the tokens of a sequence, and the state after them, which begins at 0."""
-    b, l = inputs["x"].shape[:2]
+    b, l = next(iter(inputs.values())).shape[:2]  # of the sequence, the first argument everywhere
     known = {key: value for key, value in inputs.items() if key in inspect.signature(step).parameters}
     along = {key for key, value in known.items() if isinstance(value, Tensor) and value.shape[:2] == (b, l)}
     state, outputs = map_tensors(torch.zeros_like, final), []

@@ -217,15 +217,15 @@ def _backward_block(
 ):
     i, c0, width = place
     n = A.shape[1]
-    blocks = _blocks(20, A, _CHANNELS)
+    blocks = _blocks(21, A, _CHANNELS)
     rates, enters, leaves, Abar, F, Bbar = blocks[0], blocks[1], blocks[2], blocks[3], blocks[4], blocks[5]
     dh, before, zeros = blocks[6], blocks[7], blocks[8]
-    slopes, flows, grads = blocks[9:15], blocks[15:17], blocks[17:20]
+    slopes, flows, grads, dleaves = blocks[9:15], blocks[15:17], blocks[17:20], blocks[20]
     after = np.empty((chunk_len, 2, n, _CHANNELS), A.dtype)
     rows = np.zeros((5, chunk_len, _CHANNELS), A.dtype)
     steps, inputs, sums, dsteps, dinputs = rows[0], rows[1], rows[2], rows[3], rows[4]
-    up = np.zeros(_CHANNELS, A.dtype)
-    skip, dskip = D[c0 : c0 + width], np.zeros(_CHANNELS, A.dtype)
+    up, skip = np.zeros(_CHANNELS, A.dtype), D[c0 : c0 + width]
+    dskip, dskip_chunk = np.zeros(_CHANNELS, A.dtype), np.zeros(_CHANNELS, A.dtype)
     current = np.full(_CHANNELS, np.nan, A.dtype)
     sloped = current.copy()
     pending = False
@@ -262,9 +262,9 @@ def _backward_block(
             gradient = _channels(dy, place, t)
             for c in range(width):
                 up[c] = gradient[c]
-                dskip[c] += up[c] * inputs[s, c]
+                dskip_chunk[c] += up[c] * inputs[s, c]
             entry, dstep, dentry = inputs[s], dsteps[s], dinputs[s]
-            _retreat(start, after[s], Abar, Bbar, leaves, slopes, entry, up, dh, flows, grads[2], dstep, dentry)
+            _retreat(start, after[s], Abar, Bbar, leaves, slopes, entry, up, dh, flows, dleaves, dstep, dentry)
             if resets[i, t]:
                 dh[:] = 0
             out, step_out = du[i, t, c0 : c0 + width], ddt[i, t, c0 : c0 + width]
@@ -275,6 +275,11 @@ def _backward_block(
         if pending:
             _settle(sloped, F, enters, slopes, flows, grads)
             pending = False
+        # Sums of sums lose less than one long sum.
+        grads[2] += dleaves
+        dskip += dskip_chunk
+        dleaves[:] = 0
+        dskip_chunk[:] = 0
     _write(dh, width, dstate[i], c0)
     _write(grads[0], width, dA[i], c0)
     _write(grads[1], width, dB[i], c0)
