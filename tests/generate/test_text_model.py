@@ -11,6 +11,7 @@ from test_stop import expected
 from longwave.errors import LongwaveError, UsageError
 from longwave.generate.sampling import Sampling
 from longwave.generate.text_model import TextModel
+from longwave.mixers import GRU, Bidirectional
 from longwave.models.language_model import LanguageModel
 from longwave.models.state import State
 from longwave.tasks.tokenizer import ByteTokenizer, load_tokenizer, train_bpe
@@ -266,3 +267,9 @@ def test_a_state_of_other_rows_is_refused(tiny):
     assert isinstance(state, State)
     with pytest.raises(UsageError, match="2 rows and there are 3 prompts"):
         tiny.complete_batch(["a", "b", "c"], state=state)
+
+
+def test_a_model_that_sees_the_future_writes_no_text():
+    config = LanguageModel.Config(vocab_size=257, d_model=16, layers=(Bidirectional.Config(mixer=GRU.Config()),))
+    with pytest.raises(UsageError, match="sees what it would have to foretell"):
+        TextModel(LanguageModel(config), ByteTokenizer())

@@ -16,7 +16,7 @@ from longwave.errors import LongwaveError, UsageError
 from longwave.generate.decoder import Decoder
 from longwave.generate.sampling import Sampling
 from longwave.generate.text_model import TextModel
-from longwave.mixers import GRU, S4D, Attention, Bidirectional, Mamba2, SwiGLU
+from longwave.mixers import GRU, S4, S4D, Attention, Bidirectional, Mamba2, SwiGLU
 from longwave.models.sashimi import SaShiMi
 from longwave.models.state import State
 from longwave.models.unet import PoolState
@@ -24,6 +24,7 @@ from longwave.models.unet import PoolState
 torch.set_num_threads(1)
 V, L, B = 23, 30, 3
 MIXERS = {
+    "s4": S4.Config(d_state=8),
     "s4d": S4D.Config(d_state=8),
     "gru": GRU.Config(),
     "mamba2": Mamba2.Config(d_state=4, d_head=4),
@@ -70,7 +71,7 @@ def assert_same(state: State, other: State) -> None:
             assert_close(tuple(one), tuple(two))
 
 
-@pytest.mark.parametrize(("mixer", "unet"), [("gru", False), ("s4d", True), ("mamba2", False)])
+@pytest.mark.parametrize(("mixer", "unet"), [("gru", False), ("s4", True), ("mamba2", False)])
 @given(cut=cuts, reset=st.none() | resets, lengths=st.none() | lengths)
 @few
 @torch.no_grad()
@@ -225,7 +226,7 @@ def test_costs_are_counted():
         model = SaShiMi(config)
     blocks = 8 * (64 + 128 + 256) * 4 * 64
     pools = (7 * 64 + 7 * 128) * 4
-    assert model.state_bytes(16_000) == blocks + pools  # S4D: 4 d n each; p-1 inputs and p outputs at each pool
+    assert model.state_bytes(16_000) == blocks + pools  # S4: 4 d n each; p-1 inputs and p outputs at each pool
     tiers = zip(net(model)._blocks_by_tier(), (1, 4, 16), strict=True)
     per_tier = [sum(block.mixer.flops(16_000 // rate) for block in blocks) for blocks, rate in tiers]
     linears = 2 * 4000 * 2 * (256 * 128) + 2 * 1000 * 2 * (512 * 256)

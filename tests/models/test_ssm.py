@@ -9,7 +9,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from torch.testing import assert_close
 
 from longwave.errors import LongwaveError, UsageError
-from longwave.mixers import MIXERS, Attention, Mamba2, SwiGLU
+from longwave.mixers import MIXERS, S4D, Attention, Bidirectional, Mamba2, SwiGLU
 from longwave.models.ssm import SSM
 from longwave.models.state import State
 
@@ -104,6 +104,75 @@ def test_dropout_falls_between_layers_alone(x):
     assert torch.equal(one(x)[0], one.eval()(x)[0])
 
 
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_bidirectional(x, batch_first):
+    """Both directions in one residual stream, layer by layer; y keeps the width of one."""
+    model = ssm(bidirectional=True, batch_first=batch_first).double()
+    x, lengths, reset = x.double(), torch.tensor([11, 4, 0]), torch.zeros(3, 11, dtype=torch.bool)
+    reset[0, 5] = True
+    x[1, 4:], x[2] = torch.nan, torch.inf
+    given = (x, reset) if batch_first else (x.transpose(0, 1), reset.T)
+    y, state = model(given[0], reset=given[1], lengths=lengths)
+    y = y if batch_first else y.transpose(0, 1)
+    assert y.shape == (3, 11, 64)
+    assert y.isfinite().all()
+
+    def by_hand(document):
+        stream = model.in_proj(document)[None]
+        for block in model.layers:
+            u = block.norm(stream)
+            stream = stream + block.mixer.fwd(u)[0] + block.mixer.rev(u.flip(1))[0].flip(1)
+        return model.norm_f(stream)[0]
+
+    for row, begin, end in ((0, 0, 5), (0, 5, 11), (1, 0, 4)):
+        assert_close(y[row, begin:end], by_hand(x[row, begin:end]))
+    assert_close(model(x[1, :4])[0], by_hand(x[1, :4]))
+    y[0].sum().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+    for ask in (lambda: model(given[0], state), lambda: model.init_state(3), lambda: model.step(x[:, 0], state)):
+        with pytest.raises(UsageError, match="no state to go on from"):
+            ask()
+    assert not model.causal
+    assert model.state_bytes(100) == 0
+    joined = ssm(mixer=Bidirectional.Config(mixer=MAMBA2, combine="concat"))
+    assert joined(torch.randn(3, 11, 5))[0].shape == (3, 11, 64)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_dt_reaches_every_layer(x, batch_first):
+    model = SSM(5, 8, 2, mixer=S4D.Config(d_state=4), batch_first=batch_first).double().eval()
+    x, dt = x.double(), torch.rand(3, 11, dtype=torch.float64) + 0.5
+
+    def run(x, dt, state=None):
+        x = x if batch_first else x.transpose(0, 1)
+        dt = dt.T if isinstance(dt, torch.Tensor) and not batch_first else dt
+        y, state = model(x, state, dt=dt)
+        return (y if batch_first else y.transpose(0, 1)), state
+
+    assert_close(run(x, torch.full((3, 11), 0.5, dtype=torch.float64))[0], run(x, 0.5)[0])
+    assert_close(run(x, 1.0)[0], run(x, None)[0])
+    whole, _ = run(x, dt)
+    first, state = run(x[:, :4], dt[:, :4])
+    assert_close(torch.cat([first, run(x[:, 4:], dt[:, 4:], state)[0]], 1), whole)
+    state = model.init_state(3)
+    assert_close(torch.stack([model.step(x[:, t], state, dt[:, t]) for t in range(11)], 1), whole)
+    alone, _ = model(x[1], dt=dt[1])
+    assert_close(alone, whole[1])
+    for give in (lambda: ssm()(x.float(), dt=0.5), lambda: ssm().step(x[:, 0].float(), ssm().init_state(3), 0.5)):
+        with pytest.raises(UsageError, match=r"mamba2 takes no dt.* lti, .*s4d"):
+            give()
+
+
+def test_padding_may_hold_anything(x):
+    model = ssm(mixer="gru")
+    x[1, 4:] = torch.nan
+    y, _ = model(x, lengths=torch.tensor([11, 4, 11]))
+    y[1, :4].sum().backward()
+    assert_close(y[1, :4], model(x[1, :4])[0], **BUDGET)
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
 def test_projects_only_when_sizes_differ(x):
     assert isinstance(ssm().in_proj, nn.Linear)
     same = SSM(64, 64, mixer=MAMBA2)
@@ -147,8 +216,8 @@ def test_reset_parameters(x):
 def test_wrong_use(x):
     with pytest.raises(ValueError, match=r"input_size=5, got \(3, 11, 4\)"):
         ssm()(x[..., :4])
-    with pytest.raises(UsageError, match=r"unknown mixer 'mamba3'\. Did you mean 'mamba"):
-        SSM(5, 64, mixer="mamba3")
+    with pytest.raises(UsageError, match=r"unknown mixer 'mamba22'\. Did you mean 'mamba2'"):
+        SSM(5, 64, mixer="mamba22")
     with pytest.raises(UsageError, match="'swiglu' carries no state"):
         SSM(5, 64, mixer=SwiGLU.Config())
     with pytest.raises(UsageError, match="no layer's configuration"):

@@ -10,7 +10,10 @@ Aliases = Mapping[str, str | None]
 
 
 class Family(Protocol):
-    """A published model family: how its config.json and its tensor names read in longwave's terms, and back."""
+    """A published model family: how its config.json and its tensor names read in longwave's terms, and back.
+
+    A family of other models than language models names their kind in KIND.
+    """
 
     @property
     def WEIGHTS(self) -> str:

@@ -10,7 +10,7 @@ from longwave.config import from_dict, to_dict
 from longwave.errors import UsageError
 from longwave.mixers import ENCODERS, MIXERS
 from longwave.mixers.linear import Linear
-from longwave.mixers.s4d import S4D
+from longwave.mixers.s4 import S4
 from longwave.models.blocks import LayerNorm, check_layers, layer_configs
 from longwave.models.state import fingerprint
 from longwave.models.token_model import TokenModel
@@ -42,7 +42,7 @@ class SaShiMi(TokenModel):
         expand: int = 2
         ff: int = 2
         unet: bool = False
-        mixer: Any = field(default_factory=S4D.Config)
+        mixer: Any = field(default_factory=S4.Config)
         norm_eps: float = 1e-5
 
         def __post_init__(self):
