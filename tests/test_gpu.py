@@ -1,4 +1,4 @@
-"""On a CUDA device: everything works there, by the reference until the kernels come. Run with `-m gpu`."""
+"""On a CUDA device: the kernels hold to the contract of tests/ops, and everything works there. Run with `-m gpu`."""
 
 import importlib
 from pathlib import Path

@@ -58,6 +58,13 @@ def cast(kwargs: dict[str, Any], dtype: torch.dtype, grad: bool = True) -> dict[
     return replaced(kwargs, {k: v.detach().to(dtype).requires_grad_(grad) for k, v in tensors(kwargs).items()})
 
 
+def moved(kwargs: dict[str, Any], device: str) -> dict[str, Any]:
+    """The same arguments on `device`, their tensors leaves again."""
+    new = {k: v.detach().to(device).requires_grad_(v.requires_grad) for k, v in tensors(kwargs).items()}
+    others = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in kwargs.items()}
+    return replaced(others, new)
+
+
 def flattened(out: Any) -> tuple[Tensor, ...]:
     return (out,) if isinstance(out, Tensor) else tuple(tensor for part in out for tensor in flattened(part))
 
@@ -70,12 +77,12 @@ def results(name: str, kwargs: dict[str, Any], impl: str) -> dict[str, Tensor]:
     """Outputs, and the gradient of a fixed random projection of them for every floating-point input, in float64."""
     out = outputs(name, kwargs, impl)
     g = torch.Generator().manual_seed(7)
-    weights = [torch.randn(o.shape, generator=g).to(o.dtype) for o in out]
+    weights = [torch.randn(o.shape, generator=g).to(o.device, o.dtype) for o in out]
     leaves = {k: v for k, v in tensors(kwargs).items() if v.requires_grad}
     grads = torch.autograd.grad(out, list(leaves.values()), weights)
     found = {f"output {i}": o for i, o in enumerate(out)}
     found |= {f"gradient of {k}": v for k, v in zip(leaves, grads, strict=True)}
-    return {k: v.detach().double() for k, v in found.items()}
+    return {k: v.detach().cpu().double() for k, v in found.items()}
 
 
 def error(x: Tensor, truth: Tensor) -> float:
@@ -84,20 +91,23 @@ def error(x: Tensor, truth: Tensor) -> float:
     return (x - truth).norm().item()
 
 
+def within_budget(name: str, kwargs: dict[str, Any], dtype: torch.dtype, device: str = "cpu") -> None:
+    """The kernel's error against float64 is at most twice the same-dtype reference's, plus one rounding."""
+    truth = results(name, cast(kwargs, torch.float64), "reference")
+    same = results(name, cast(kwargs, dtype), "reference")
+    kernel = results(name, moved(cast(kwargs, dtype), device), "fused")
+    for key, value in truth.items():
+        rounding = torch.finfo(dtype).eps * value.norm().item()
+        assert error(kernel[key], value) <= 2 * error(same[key], value) + rounding, key
+
+
 @pytest.mark.parametrize("context", [(), ("state", "reset", "lengths")], ids=["plain", "context"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("name", "i"), CASES)
 def test_error_budget(name, i, dtype, context):
-    """The kernel's error against float64 is at most twice the same-dtype reference's, plus one rounding."""
     if (name, i) not in STATEFUL:
         context = ()
-    kwargs = inputs(name, i, dtype, **dict.fromkeys(context, True))
-    truth = results(name, cast(kwargs, torch.float64), "reference")
-    same = results(name, cast(kwargs, dtype), "reference")
-    kernel = results(name, cast(kwargs, dtype), "fused")
-    for key, value in truth.items():
-        rounding = torch.finfo(dtype).eps * value.norm().item()
-        assert error(kernel[key], value) <= 2 * error(same[key], value) + rounding, key
+    within_budget(name, inputs(name, i, dtype, **dict.fromkeys(context, True)), dtype)
 
 
 @pytest.mark.parametrize(("name", "i"), CASES)

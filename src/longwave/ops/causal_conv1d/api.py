@@ -81,17 +81,20 @@ _forward = define(
     "Tensor? lengths) -> (Tensor, Tensor)",
     fake=_fake_forward,
     cpu="longwave.ops.causal_conv1d.cpu:forward",
+    cuda="longwave.ops.causal_conv1d.triton:forward",
 )
 _backward = define(
     "causal_conv1d_backward(Tensor dy, Tensor dfinal, Tensor x, Tensor weight, Tensor? bias, bool silu, "
     "Tensor? initial_state, Tensor? reset, Tensor? lengths) -> (Tensor, Tensor, Tensor, Tensor)",
     fake=_fake_backward,
     cpu="longwave.ops.causal_conv1d.cpu:backward",
+    cuda="longwave.ops.causal_conv1d.triton:backward",
 )
 _step = define(
     "causal_conv1d_step(Tensor(a!) state, Tensor x, Tensor weight, Tensor? bias, bool silu) -> Tensor",
     fake=lambda state, x, weight, bias, silu: torch.empty_like(x),
     cpu="longwave.ops.causal_conv1d.cpu:step",
+    cuda="longwave.ops.causal_conv1d.triton:step",
     step=True,
 )
 

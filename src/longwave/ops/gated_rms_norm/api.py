@@ -52,11 +52,13 @@ _forward = define(
     f"gated_rms_norm_forward({_ARGUMENTS}) -> Tensor",
     fake=lambda x, *rest: torch.empty_like(x, memory_format=torch.contiguous_format),
     cpu="longwave.ops.gated_rms_norm.cpu:forward",
+    cuda="longwave.ops.gated_rms_norm.triton:forward",
 )
 _backward = define(
     f"gated_rms_norm_backward(Tensor dy, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor)",
     fake=_fake_backward,
     cpu="longwave.ops.gated_rms_norm.cpu:backward",
+    cuda="longwave.ops.gated_rms_norm.triton:backward",
 )
 
 
