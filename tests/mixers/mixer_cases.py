@@ -29,7 +29,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "mamba3-mimo": ("mamba3", SMALL | {"mimo_rank": 2, "rope_fraction": 1.0, "A_activation": "softplus"}),
     "mamba3-mimo-norm": ("mamba3", SMALL | {"mimo_rank": 3, "n_groups": 2, "norm": True, "A_floor": 0.5}),
     "h3": ("h3", {"d_state": 6}),
-    "h3-heads": ("h3", {"d_state": 4, "d_head": 2, "method": "zoh"}),
+    "h3-heads": ("h3", {"d_state": 4, "d_head": 2, "discretization": "zoh"}),
     "hyena": ("hyena", {"l_max": 32, "d_filter": 8}),
     "hyena-order-3": (
         "hyena",

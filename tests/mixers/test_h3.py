@@ -12,10 +12,10 @@ from longwave.mixers import H3
 
 
 @pytest.mark.parametrize("l", [3, 13], ids=["shorter than the state", "longer"])
-@pytest.mark.parametrize("method", ["bilinear", "zoh"])
+@pytest.mark.parametrize("discretization", ["bilinear", "zoh"])
 @pytest.mark.parametrize("d_head", [1, 3])
-def test_equals_the_recurrence(d_head, method, l):
-    mixer = H3(6, H3.Config(d_state=8, d_head=d_head, method=method)).double()
+def test_equals_the_recurrence(d_head, discretization, l):
+    mixer = H3(6, H3.Config(d_state=8, d_head=d_head, discretization=discretization)).double()
     shake(mixer)
     x = torch.randn(2, l, 6, dtype=torch.float64)
     expected = recurrence(mixer, x)
@@ -49,7 +49,7 @@ def recurrence(m, u):
                             B, C = complex(*s4d.B[head, mode]), complex(*s4d.C[0, head, mode])
                             Abar = (1 + dt * A / 2) / (1 - dt * A / 2)
                             Bbar = dt * B / (1 - dt * A / 2)
-                            if m.config.method == "zoh":
+                            if m.config.discretization == "zoh":
                                 Abar, Bbar = cmath.exp(dt * A), (cmath.exp(dt * A) - 1) / A * B
                             h = Abar * modes[head, i, j, mode].item() + Bbar * product
                             modes[head, i, j, mode] = h
@@ -117,4 +117,4 @@ def test_bad_sizes():
     with pytest.raises(UsageError, match=r"0.2 and 0.1"):
         H3.Config(dt_min=0.2)
     with pytest.raises(UsageError, match="got 'euler'"):
-        H3.Config(method="euler")  # pyright: ignore[reportArgumentType]
+        H3.Config(discretization="euler")  # pyright: ignore[reportArgumentType]

@@ -142,13 +142,13 @@ def _ssm_from(ssm: Mapping[str, Any]) -> H3.Config:
     if d_head > 1 and setting(ssm, "use_fast_fftconv", bool, False):
         # That kernel orders the channels of its output differently.
         refuse("ssm_cfg use_fast_fftconv", True, "False where head_dim is above 1")
-    method: Any = setting(ssm, "disc", str, "bilinear")
+    discretization: Any = setting(ssm, "disc", str, "bilinear")
     return H3.Config(
         d_state=size(ssm, "d_state", 64),
         d_head=d_head,
         dt_min=setting(ssm, "dt_min", float, 1e-3),
         dt_max=setting(ssm, "dt_max", float, 1e-1),
-        method=method,
+        discretization=discretization,
     )
 
 
@@ -167,7 +167,7 @@ def config_to(model: LanguageModel.Config) -> dict[str, Any]:
         "head_dim": ssm.d_head,
         "dt_min": ssm.dt_min,
         "dt_max": ssm.dt_max,
-        "disc": ssm.method,
+        "disc": ssm.discretization,
     }
     return {
         "d_model": model.d_model,

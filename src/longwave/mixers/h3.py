@@ -44,7 +44,7 @@ class H3(Float32Parameters):
     class Config:
         """`d_state`: taps of the shift SSM, and n of the diagonal one: n/2 conjugate pairs. `d_head`: p.
 
-        `method`: the rule that makes the diagonal SSM discrete.
+        `discretization`: of the diagonal SSM.
         """
 
         kind: ClassVar[str] = "h3"
@@ -52,7 +52,7 @@ class H3(Float32Parameters):
         d_head: int = 1
         dt_min: float = 1e-3
         dt_max: float = 1e-1
-        method: Literal["bilinear", "zoh"] = "bilinear"
+        discretization: Literal["bilinear", "zoh"] = "bilinear"
 
         def __post_init__(self):
             check_positive(self, "d_state", "d_head")
@@ -60,8 +60,8 @@ class H3(Float32Parameters):
                 raise UsageError(f"h3: d_state must be even, its modes being conjugate pairs, got {self.d_state}")
             if not 0 < self.dt_min <= self.dt_max:
                 raise UsageError(f"h3: need 0 < dt_min <= dt_max, got {self.dt_min} and {self.dt_max}")
-            if self.method not in ("bilinear", "zoh"):
-                raise UsageError(f"h3: method must be 'bilinear' or 'zoh', got {self.method!r}")
+            if self.discretization not in ("bilinear", "zoh"):
+                raise UsageError(f"h3: discretization must be 'bilinear' or 'zoh', got {self.discretization!r}")
 
     def __init__(self, d_model: int, config: Config | None = None):
         super().__init__()
@@ -122,7 +122,7 @@ class H3(Float32Parameters):
         return u, dt.expand(u.shape), A, B, C
 
     def _options(self) -> dict[str, Any]:
-        return {"method": self.config.method, "D": self._for_all_products(self.D)}
+        return {"method": self.config.discretization, "D": self._for_all_products(self.D)}
 
     def _for_all_products(self, of_heads: Tensor) -> Tensor:
         """(h, ...) -> (h p p, ...): what the products of a head share."""
