@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import longwave as lw
+from longwave.errors import UsageError
 from longwave.hub import FORMATS
 from longwave.models.pattern import layers_from, pattern_of
 from longwave.models.presets import PRESETS
@@ -105,8 +106,9 @@ def test_inspect_a_state(longwave, trained):
         ("mamba2 mamba2 mamba2 attention mamba2", "mamba2*3 attention mamba2"),
         ("lstm", "lstm"),
         ("mamba mlp " * 5, "(mamba mlp)*5"),
-        ("gru gru lstm gru gru lstm", "(gru gru lstm)*2"),
+        ("gru gru lstm gru gru lstm", "(gru*2 lstm)*2"),
         ("attention swiglu", "attention swiglu"),
+        (("mamba mlp " * 3 + "attention mlp ") * 2 + "mamba mlp", "((mamba mlp)*3 attention mlp)*2 mamba mlp"),
     ],
 )
 def test_pattern_of(kinds, pattern):
@@ -115,8 +117,14 @@ def test_pattern_of(kinds, pattern):
     assert layers_from(pattern) == layers
 
 
+@pytest.mark.parametrize("pattern", ["(mamba", "mamba)", "()*2", "mamba *", "*2", "(mamba)*2*2", "mamba*two", "( )"])
+def test_a_pattern_that_cannot_be_read(pattern):
+    with pytest.raises(UsageError, match="cannot read the layers"):
+        layers_from(pattern)
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_pattern_of_presets_is_short(name):
     layers = PRESETS[name]().layers
-    assert len(pattern_of(layers)) < 30
+    assert len(pattern_of(layers)) < 85
     assert [layer.kind for layer in layers_from(pattern_of(layers))] == [layer.kind for layer in layers]

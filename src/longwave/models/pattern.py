@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 from longwave.config import nearest
@@ -12,33 +13,61 @@ from longwave.models.blocks import layer_configs
 def layers_from(pattern: str) -> tuple[Any, ...]:
     """One default configuration per residual slot, from kinds and counts: 'mamba2*3 attention' is three and one.
 
-    A group may be repeated: '(mamba2 swiglu)*12'. Raises UsageError for a word that is no kind of layer.
+    A group may be repeated, and hold others: '((mamba2 swiglu)*7 attention swiglu)*4'. Raises UsageError for a word
+    that is no kind of layer.
     """
     kinds = layer_configs()
-    layers: list[Any] = []
-    for group, kind, count in re.findall(r"(?:\(([^()]*)\)|([^\s*()]+))(?:\*(\d+))?|\S", pattern):
-        if not (group or kind):
-            raise UsageError(
-                f"cannot read the layers {pattern!r}; write them like 'mamba2*3 attention (mamba2 swiglu)*2'"
-            )
-        if kind and kind not in kinds:
-            raise UsageError(f"there is no layer {kind!r}.{nearest(kind, kinds)}")
-        layers += (layers_from(group) if group else (kinds[kind](),)) * int(count or 1)
-    return tuple(layers)
+    open_groups: list[list[Any]] = [[]]
+    last: list[Any] = []  # what a count would repeat
+    for word in re.findall(r"[()]|\*\d+|[^\s*()]+|\S", pattern):
+        if word == "(":
+            open_groups.append([])
+            last = []
+        elif word == ")" and len(open_groups) > 1 and open_groups[-1]:
+            last = open_groups.pop()
+            open_groups[-1] += last
+        elif word[0] == "*" and len(word) > 1 and last:
+            whole, count = open_groups[-1], int(word[1:])
+            whole[len(whole) - len(last) :] = last * count
+            last = []
+        elif word[0] in "()*":
+            raise _unreadable(pattern)
+        elif word not in kinds:
+            raise UsageError(f"there is no layer {word!r}.{nearest(word, kinds)}")
+        else:
+            last = [kinds[word]()]
+            open_groups[-1] += last
+    if len(open_groups) > 1:
+        raise _unreadable(pattern)
+    return tuple(open_groups[0])
+
+
+def _unreadable(pattern: str) -> UsageError:
+    return UsageError(f"cannot read the layers {pattern!r}; write them like 'mamba2*3 attention (mamba2 swiglu)*2'")
 
 
 def pattern_of(layers: Sequence[Any]) -> str:
-    """The kinds of these layer configurations, as `layers_from` reads them. Their other settings are left out."""
-    kinds = [layer.kind for layer in layers]
-    words = []
-    while kinds:
-        groups = [(size, _repeats(kinds, size)) for size in range(1, len(kinds) // 2 + 1)]
-        # The one that covers most by being repeated; of those that cover as much, the shortest.
-        size, count = max(groups, key=lambda group: group[0] * group[1] if group[1] > 1 else 0, default=(1, 1))
-        words.append(" ".join(kinds[:size]) if size == 1 else f"({' '.join(kinds[:size])})")
-        words[-1] += f"*{count}" if count > 1 else ""
-        kinds = kinds[size * count :]
-    return " ".join(words)
+    """The kinds of these layer configurations in the shortest text that `layers_from` reads.
+
+    Their other settings are left out.
+    """
+    return _shortest(tuple(layer.kind for layer in layers))
+
+
+@cache
+def _shortest(kinds: tuple[str, ...]) -> str:
+    """Built from the end: at each place either one word and what follows it, or a repeated group and what follows."""
+    texts = [""] * (len(kinds) + 1)  # of kinds[i:]
+    for i in reversed(range(len(kinds))):
+        ways = [f"{kinds[i]} {texts[i + 1]}"]
+        for size in range(1, (len(kinds) - i) // 2 + 1):
+            count = _repeats(kinds[i:], size)
+            if count > 1:
+                group = _shortest(kinds[i : i + size])
+                group = group if size == 1 else f"({group})"
+                ways.append(f"{group}*{count} {texts[i + size * count]}")
+        texts[i] = min(ways, key=len).rstrip()
+    return texts[0]
 
 
 def _repeats(kinds: Sequence[str], size: int) -> int:
