@@ -92,8 +92,9 @@ def test_smooth_signal_at_another_rate(discretization, bound):
 
 
 def test_views_agree_in_float32_at_length():
+    """The bilinear rule leaves fast modes with a slow decay, of which float32 keeps less in a recurrence."""
     torch.manual_seed(0)
-    for discretization in ("zoh", "bilinear"):
+    for discretization, bound in (("zoh", 1e-5), ("bilinear", 3e-5)):
         mixer = S4D(8, S4D.Config(discretization=discretization, glu=False, gelu=False))
         u = torch.randn(1, 4096, 8)
         with torch.no_grad():
@@ -102,9 +103,9 @@ def test_views_agree_in_float32_at_length():
             exact, exact_state = mixer.double().convolution(u.double())
         scale = exact.abs().max()
         assert (y - exact).abs().max() < 1e-6 * scale
-        assert (other - exact).abs().max() < 1e-5 * scale
+        assert (other - exact).abs().max() < bound * scale
         for final in (state, other_state):
-            torch.testing.assert_close(final.ssm.double(), exact_state.ssm, rtol=0, atol=1e-5 * float(scale))
+            torch.testing.assert_close(final.ssm.double(), exact_state.ssm, rtol=0, atol=bound * float(scale))
 
 
 def test_packed_documents_in_the_convolution():

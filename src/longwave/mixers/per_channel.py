@@ -99,6 +99,8 @@ class PerChannel(TimeInvariant):
 
     def _per_channel(self, parameter: Tensor) -> Tensor:
         """(n_ssm, ...) -> (d, ...)."""
+        if len(parameter) == self.d_model:
+            return parameter
         return parameter.repeat(self.d_model // self.n_ssm, *[1] * (parameter.ndim - 1))
 
     def _mix(self, y: Tensor) -> Tensor:
