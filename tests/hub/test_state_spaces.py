@@ -243,7 +243,7 @@ def test_any_rotary_width_survives_its_share(d_rotary):
 
 
 REFUSED = {
-    "Mamba3": {"ssm_cfg": {"layer": "Mamba3"}},
+    "Mamba4": {"ssm_cfg": {"layer": "Mamba4"}},
     "d_ssm 32": {"ssm_cfg": {"layer": "Mamba2", "d_ssm": 32}},
     "rmsnorm False": {"ssm_cfg": {"layer": "Mamba2", "rmsnorm": False}},
     "'dt_rnk'": {"ssm_cfg": {"dt_rnk": 3}},

@@ -203,9 +203,10 @@ def test_initial_values():
 
 def test_parameters_that_stay_in_float32_and_undecayed():
     mixer = Mamba3(32, Mamba3.Config(d_head=8, mimo_rank=2))
-    assert {name for name, p in mixer.named_parameters() if hasattr(p, "_no_weight_decay")} == {"D", "dt_bias"}
+    expected = {"D", "dt_bias", "B_bias", "C_bias", "mimo_x", "mimo_z", "mimo_o"}
+    assert {name for name, p in mixer.named_parameters() if hasattr(p, "_no_weight_decay")} == expected
     mixer.bfloat16()
-    assert {name for name, p in mixer.named_parameters() if p.dtype == torch.float32} == {"D", "dt_bias"}
+    assert {name for name, p in mixer.named_parameters() if p.dtype == torch.float32} == expected
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,10 @@
-"""The format of the state-spaces repositories: Mamba, Mamba-2, their hybrids with attention, and plain Transformers.
+"""The format of the state-spaces repositories: Mamba, Mamba-2 and Mamba-3, hybrids with attention, Transformers.
 
 A block is a mixer and, with d_intermediate, a gated MLP: one or two of longwave's residual slots. The blocks named by
 attn_layer_idx have attention as their mixer.
+
+Mamba-3's decay has had two activations in the published code, and its configs do not say which. A key of ours in
+ssm_cfg, A_activation, does: "heavy_tail", the newer one, unless it says "softplus". The published code ignores it.
 """
 
 import math
@@ -24,6 +27,7 @@ from longwave.mixers.attention import Attention
 from longwave.mixers.channel import SwiGLU
 from longwave.mixers.mamba import Mamba
 from longwave.mixers.mamba2 import Mamba2
+from longwave.mixers.mamba3 import ACTIVATIONS, Mamba3
 from longwave.models.language_model import LanguageModel
 
 WEIGHTS = "pytorch_model.bin"
@@ -44,6 +48,12 @@ MAMBA2_OPTIONS = (
     "layer d_state d_conv conv_init expand headdim d_ssm ngroups A_init_range D_has_hdim rmsnorm norm_before_gate "
     "dt_min dt_max dt_init_floor dt_limit bias conv_bias chunk_size use_mem_eff_path"
 )
+MAMBA3_OPTIONS = (
+    "layer d_state expand headdim ngroups rope_fraction dt_min dt_max dt_init_floor A_floor A_activation "
+    "is_outproj_norm is_mimo mimo_rank fuse_pregate_headwise_norm chunk_size dropout"
+)
+ROPE_FRACTIONS = (0.5, 1.0)
+MAMBA3_FIELDS = "d_state expand d_inner d_head n_groups mimo_rank rope_fraction A_activation A_floor norm"
 MAMBA2_FIELDS = "d_state d_conv expand d_inner d_head n_groups dt_limit D_per_channel norm_before_gate bias conv_bias"
 ATTENTION_OPTIONS = (
     "num_heads num_heads_kv head_dim mlp_dim qkv_proj_bias out_proj_bias softmax_scale causal d_conv rotary_emb_dim "
@@ -130,8 +140,8 @@ def _blocks(model: LanguageModel.Config) -> tuple[Sequence[Any], int]:
     if any(isinstance(layer, SwiGLU.Config) for layer in slots):
         mixers, mlps = slots[::2], slots[1::2]
     for layer in mixers:
-        if not isinstance(layer, (Mamba.Config, Mamba2.Config, Attention.Config)):
-            inexpressible(FAMILY, "mamba, mamba2 or attention, each followed by a swiglu or none", layer)
+        if not isinstance(layer, (Mamba.Config, Mamba2.Config, Mamba3.Config, Attention.Config)):
+            inexpressible(FAMILY, "mamba, mamba2, mamba3 or attention, each followed by a swiglu or none", layer)
     if not mlps:
         return mixers, 0
     for layer in mlps:
@@ -145,16 +155,20 @@ def _blocks(model: LanguageModel.Config) -> tuple[Sequence[Any], int]:
     return mixers, d_mlp
 
 
-def ssm_from(ssm: Mapping[str, Any], d_model: int) -> Mamba.Config | Mamba2.Config:
+def ssm_from(ssm: Mapping[str, Any], d_model: int) -> Mamba.Config | Mamba2.Config | Mamba3.Config:
     layer = setting(ssm, "layer", str, "Mamba1")
-    if layer not in ("Mamba1", "Mamba2"):
-        refuse("ssm_cfg layer", layer, "'Mamba1' and 'Mamba2'")
+    if layer not in ("Mamba1", "Mamba2", "Mamba3"):
+        refuse("ssm_cfg layer", layer, "'Mamba1', 'Mamba2' and 'Mamba3'")
     shared = {
-        "d_conv": size(ssm, "d_conv", 4),
         "expand": size(ssm, "expand", 2),
         "dt_min": setting(ssm, "dt_min", float, 1e-3),
         "dt_max": setting(ssm, "dt_max", float, 1e-1),
         "dt_init_floor": setting(ssm, "dt_init_floor", float, 1e-4),
+    }
+    if layer == "Mamba3":
+        return _mamba3_from(ssm, shared)
+    shared |= {
+        "d_conv": size(ssm, "d_conv", 4),
         "bias": setting(ssm, "bias", bool, False),
         "conv_bias": setting(ssm, "conv_bias", bool, True),
     }
@@ -177,17 +191,57 @@ def ssm_from(ssm: Mapping[str, Any], d_model: int) -> Mamba.Config | Mamba2.Conf
     )
 
 
-def ssm_to(mixer: Mamba.Config | Mamba2.Config, d_model: int) -> dict[str, Any]:
+def _mamba3_from(ssm: Mapping[str, Any], shared: Mapping[str, Any]) -> Mamba3.Config:
+    refuse_unknown(ssm, MAMBA3_OPTIONS, "ssm_cfg of Mamba3")
+    refuse_unless(ssm, {"rope_fraction": ROPE_FRACTIONS, "A_activation": ACTIVATIONS}, "ssm_cfg ")
+    return Mamba3.Config(
+        **shared,
+        d_state=size(ssm, "d_state", 128),
+        d_head=size(ssm, "headdim", 64),
+        n_groups=size(ssm, "ngroups", 1),
+        mimo_rank=size(ssm, "mimo_rank", 4) if setting(ssm, "is_mimo", bool, False) else None,
+        rope_fraction=setting(ssm, "rope_fraction", float, 0.5),
+        A_activation=ssm.get("A_activation", "heavy_tail"),
+        A_floor=setting(ssm, "A_floor", float, 1e-4),
+        norm=setting(ssm, "is_outproj_norm", bool, False),
+        norm_eps=NORM_EPS,
+    )
+
+
+def _mamba3_to(mixer: Mamba3.Config) -> dict[str, Any]:
+    if mixer.rope_fraction not in ROPE_FRACTIONS:
+        inexpressible(FAMILY, "rope_fraction=0.5 or 1.0", f"rope_fraction={mixer.rope_fraction}")
+    hold(FAMILY, mixer, MAMBA3_FIELDS)
+    rank = mixer.mimo_rank or 1
+    return {
+        "d_state": mixer.d_state,
+        "headdim": mixer.d_head,
+        "ngroups": mixer.n_groups,
+        "is_mimo": mixer.mimo_rank is not None,
+        "mimo_rank": rank,
+        "rope_fraction": mixer.rope_fraction,
+        "A_activation": mixer.A_activation,
+        "A_floor": mixer.A_floor,
+        "is_outproj_norm": mixer.norm,
+        "chunk_size": max(1, 64 // rank),  # what its authors recommend
+    }
+
+
+def ssm_to(mixer: Mamba.Config | Mamba2.Config | Mamba3.Config, d_model: int) -> dict[str, Any]:
     d_inner = mixer.d_inner or mixer.expand * d_model
     if d_inner % d_model:
         inexpressible(FAMILY, f"d_inner a multiple of d_model={d_model}", f"d_inner={d_inner}")
     shared = {
-        "d_state": mixer.d_state,
-        "d_conv": mixer.d_conv,
         "expand": d_inner // d_model,
         "dt_min": mixer.dt_min,
         "dt_max": mixer.dt_max,
         "dt_init_floor": mixer.dt_init_floor,
+    }
+    if isinstance(mixer, Mamba3.Config):
+        return {"layer": "Mamba3", **shared} | _mamba3_to(mixer)
+    shared |= {
+        "d_state": mixer.d_state,
+        "d_conv": mixer.d_conv,
         "bias": mixer.bias,
         "conv_bias": mixer.conv_bias,
     }

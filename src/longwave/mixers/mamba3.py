@@ -33,12 +33,13 @@ class Mamba3(Float32Parameters):
     of the outputs times mimo_o. R turns pairs of channels: neighbours, or for MIMO, as published, n / 2 apart.
 
     Parameters are named as in the published code: in_proj (rows z, x, B, C, dt, a, trap, angles), dt_bias (h,), B_bias
-    and C_bias (h, r, n), B_norm, C_norm, D (h,), mimo_x, mimo_z, mimo_o (h, r, p), norm, out_proj. D and dt_bias stay
-    in float32 under `.bfloat16()`. Initialised as there: biases, D, norms and mimo_z 1, mimo_x and mimo_o 1 / r,
-    softplus(dt_bias) log-uniform in [dt_min, dt_max]; the rest as nn.Linear.
+    and C_bias (h, r, n), B_norm, C_norm, D (h,), mimo_x, mimo_z, mimo_o (h, r, p), norm, out_proj. All of these
+    but the projections and the norms stay in float32 under `.bfloat16()`, as there, and are not decayed. Initialised as
+    there: biases, D, norms and mimo_z 1, mimo_x and mimo_o 1 / r, softplus(dt_bias) log-uniform in [dt_min, dt_max];
+    the rest as nn.Linear.
     """
 
-    float32_parameters = ("D", "dt_bias")
+    float32_parameters = ("D", "dt_bias", "B_bias", "C_bias", "mimo_x", "mimo_z", "mimo_o")
 
     @dataclass(frozen=True, kw_only=True)
     class Config:
@@ -104,12 +105,12 @@ class Mamba3(Float32Parameters):
         self.widths = (e, e, d_bc, d_bc, h, h, h, config.n_angles)  # z, x, B, C, dt, a, trap, angles
         self.in_proj = Linear(d_model, sum(self.widths), bias=False)
         self.dt_bias = float32_parameter(h)
-        self.B_bias = nn.Parameter(torch.empty(h, r, n))
-        self.C_bias = nn.Parameter(torch.empty(h, r, n))
+        self.B_bias = float32_parameter(h, r, n)
+        self.C_bias = float32_parameter(h, r, n)
         self.B_norm = RMSNorm(n, eps=config.norm_eps)
         self.C_norm = RMSNorm(n, eps=config.norm_eps)
         for name in ("mimo_x", "mimo_z", "mimo_o"):
-            self.register_parameter(name, None if config.mimo_rank is None else nn.Parameter(torch.empty(h, r, p)))
+            self.register_parameter(name, None if config.mimo_rank is None else float32_parameter(h, r, p))
         self.D = float32_parameter(h)
         self.norm = RMSNorm(e, eps=config.norm_eps, group_size=p, norm_before_gate=True) if config.norm else None
         self.out_proj = Linear(e, d_model, bias=False)
