@@ -292,6 +292,8 @@ def beside_products(mixer, length):
     if kind == "s4":
         modes = config.d_state // 2 * (6 + 4 + 6 + 2 + 4 + config.rank * 2 * (4 + 4))  # Lambda, B, inverse, sum, C, P P*
         return length * mixer.d_model * (modes + 2 * config.skip)
+    if kind == "s5":
+        return length * (len(mixer.Lambda_re) * (6 + 6 + 2) + 2 * mixer.d_model)
     if kind == "s4d":
         modes = config.d_state // 2 * (6 + 4 + 4)  # Abar x, + Bbar u, 2 Re C x
         return length * mixer.d_model * (modes + 2 * config.skip)

@@ -19,6 +19,7 @@ from longwave.mixers.parallel import Parallel
 from longwave.mixers.rnn import GRU, LSTM
 from longwave.mixers.s4 import S4
 from longwave.mixers.s4d import S4D
+from longwave.mixers.s5 import S5
 from longwave.mixers.shared import Shared
 
 MIXERS: dict[str, type] = {
@@ -31,6 +32,7 @@ MIXERS: dict[str, type] = {
     "lti": LTI,
     "s4": S4,
     "s4d": S4D,
+    "s5": S5,
     "attention": Attention,
     "lstm": LSTM,
     "gru": GRU,

@@ -3,7 +3,6 @@
 from abc import abstractmethod
 from collections.abc import Callable
 from itertools import repeat
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -23,7 +22,7 @@ class DenseChannel(PerChannel):
     documents are therefore convolved.
     """
 
-    scans: ClassVar[bool] = False
+    scans = "never"
 
     @abstractmethod
     def dense(self) -> tuple[Tensor, Tensor, Tensor]:

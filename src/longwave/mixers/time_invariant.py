@@ -11,7 +11,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -56,7 +56,7 @@ class TimeInvariant(Float32Parameters, ABC):
     """
 
     slow_parameters: ClassVar[tuple[str, ...]] = ()
-    scans: ClassVar[bool] = True  # whether `recurrent` is a kernel, which packed documents go through
+    scans: ClassVar[Literal["never", "packed", "always"]] = "packed"  # when `forward` prefers `recurrent`
     state_shape: tuple[int, ...]  # of one sequence
     config: Any
     C: nn.Parameter
@@ -76,10 +76,11 @@ class TimeInvariant(Float32Parameters, ABC):
         lengths: Tensor | None = None,
         dt: Tensor | float | None = None,
     ) -> tuple[Tensor, SSMState]:
-        """`continuous` for a tensor dt; `recurrent` for packed documents, if it is fast; otherwise `convolution`."""
+        """`continuous` for a tensor dt, otherwise `convolution` or `recurrent`, whichever is faster: see `scans`."""
         if isinstance(dt, Tensor):
             return self.continuous(x, dt, state, reset=reset, lengths=lengths)
-        view = self.recurrent if self.scans and reset is not None else self.convolution
+        recurrent = self.scans == "always" or (self.scans == "packed" and reset is not None)
+        view = self.recurrent if recurrent else self.convolution
         return view(x, state, reset=reset, lengths=lengths, dt=dt)
 
     def convolution(
