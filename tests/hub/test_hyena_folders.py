@@ -38,7 +38,7 @@ PUBLISHED = {
         "_name_": "hyena",
         "emb_dim": POSITION,
         "filter_order": FILTER,
-        "short_filter_order": 3,
+        "local_order": 3,
         "l_max": L_MAX,
         "modulate": True,
         "w": 10,

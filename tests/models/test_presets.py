@@ -54,7 +54,24 @@ H3 = {
     "h3-1.3b": h3(2048, 24, 2),
     "h3-2.7b": h3(2560, 32, 3),
 }
-HYBRIDS = ["jamba-v0.1", "bamba-9b", "stripedhyena-7b", "evo-1-8k", "evo-1-131k", *H3]
+# In billions, as published.
+CARDS = {
+    "falcon-h1-0.5b": "0.5",
+    "nemotron-h-4b": "4",
+    "nemotron-h-8b": "8",
+    "nemotron-3-nano-30b": "31.6",
+    "zamba2-7b": "7.4",
+}
+HYENA_DNA = {
+    "hyenadna-tiny-1k": "0.44",
+    "hyenadna-tiny-1k-d256": "1.64",
+    "hyenadna-tiny-16k-d128": "0.44",
+    "hyenadna-small-32k": "3.28",
+    "hyenadna-medium-160k": "6.55",
+    "hyenadna-medium-450k": "6.55",
+    "hyenadna-large-1m": "6.55",
+}
+HYBRIDS = ["jamba-v0.1", "bamba-9b", "stripedhyena-7b", "evo-1-8k", "evo-1-131k", *H3, *CARDS, *HYENA_DNA]
 
 
 def build(name):
@@ -102,6 +119,12 @@ def test_hybrids_have_the_shapes_of_the_other_library_s():
         active = {"jamba-v0.1": 12e9, "bamba-9b": 9.78e9}[name]
         assert ours.active_parameter_count() == pytest.approx(active, rel=0.02)
     assert build("jamba-v0.1").parameter_count() == pytest.approx(52e9, rel=0.01)
+
+
+@pytest.mark.parametrize("name", CARDS)
+def test_parameters_of_hybrids(name):
+    billions = build(name).parameter_count() / 1e9
+    assert f"{billions:.{len(CARDS[name].partition('.')[2])}f}" == CARDS[name]
 
 
 @pytest.mark.parametrize("name", H3)
@@ -188,3 +211,12 @@ def test_flops_are_twice_the_parameters_and_the_scan(name):
     vectors = sum(p.numel() for p in model.parameters() if p.ndim < 2)
     per_token = model.flops(1) / 2 / (model.parameter_count() - vectors)
     assert 1 <= per_token < 1.1
+
+
+@pytest.mark.parametrize(("name", "millions"), HYENA_DNA.items())
+def test_hyena_dna(name, millions):
+    """The cards' counts leave out what is not trained: the positions that filters are computed from."""
+    model = build(name)
+    fixed = sum(p.numel() for key, p in model.named_parameters() if ".pos_emb." in key or key.endswith(".deltas"))
+    assert f"{(model.parameter_count() - fixed) / 1e6:.2f}" == millions
+    assert model.layers[0].mixer.config.l_max >= {"1k": 1024, "1m": 10**6}.get(name.split("-")[2], 16_384)

@@ -28,7 +28,7 @@ OPTIONS = (
     "pad_vocab_size_multiple checkpoint_mixer checkpoint_mlp return_hidden_state dropout_cls"
 )
 LAYER_OPTIONS = (
-    "_name_ d_model l_max order filter_order num_heads inner_factor num_blocks fused_bias_fc outer_mixing dropout "
+    "_name_ d_model l_max order filter_order local_order num_heads inner_factor num_blocks fused_bias_fc outer_mixing dropout "
     "filter_dropout filter_cls post_order_ffn jit_filter short_filter_order activation return_state filter_args "
 )
 FILTER_OPTIONS = (
@@ -39,6 +39,7 @@ _SUPPORTED = {"_name_": ("lm",), "attn_layer_idx": (None, []), "max_position_emb
 _LAYER_SUPPORTED = {
     "_name_": ("hyena",),
     "order": (2,),  # above 2, safari and its standalone version order the filters' channels differently
+    "local_order": (3,),  # what HyenaDNA calls the width of the short filter, and never reads
     "num_heads": (1,),
     "inner_factor": (1,),
     "num_blocks": (1,),
