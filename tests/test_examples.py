@@ -38,6 +38,11 @@ def test_fork_a_state(folder):
     assert told.count("\n0: ") == told.count("\n2: ") == 1
 
 
+@pytest.mark.parametrize("times", [(), ("--no-times",)])
+def test_irregular_series(times):
+    assert "step 3: mean squared error" in run("irregular_series.py", "--steps", "3", "--length", "20", *times)
+
+
 def test_all_are_tested():
     here = Path(__file__).read_text(encoding="utf-8")
     assert all(f'"{path.name}"' in here for path in EXAMPLES.glob("*.py"))
