@@ -109,6 +109,9 @@ def test_inspect_a_state(longwave, trained):
         ("gru gru lstm gru gru lstm", "(gru*2 lstm)*2"),
         ("attention swiglu", "attention swiglu"),
         (("mamba mlp " * 3 + "attention mlp ") * 2 + "mamba mlp", "((mamba mlp)*3 attention mlp)*2 mamba mlp"),
+        ("parallel(gru gru lstm) mlp " * 2, "(parallel(gru*2 lstm) mlp)*2"),
+        ("parallel", "parallel(mamba2 attention)"),
+        ("shared(parallel(mamba lstm)) shared(mamba)*2", "shared(parallel(mamba lstm)) shared(mamba)*2"),
     ],
 )
 def test_pattern_of(kinds, pattern):
@@ -123,8 +126,21 @@ def test_a_pattern_that_cannot_be_read(pattern):
         layers_from(pattern)
 
 
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("mamba2(attention)", r"mamba2 holds no layers, got 1; mamba2 \(...\) with a space is two words"),
+        ("shared(mamba2 attention)", "shared holds one layer, got 2"),
+        ("paralel(mamba2)", r"no layer 'paralel'\. Did you mean 'parallel'"),
+    ],
+)
+def test_layers_of_layers_that_do_not_fit(pattern, message):
+    with pytest.raises(UsageError, match=message):
+        layers_from(pattern)
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_pattern_of_presets_is_short(name):
     layers = PRESETS[name]().layers
-    assert len(pattern_of(layers)) < 85
+    assert len(pattern_of(layers)) < 100
     assert [layer.kind for layer in layers_from(pattern_of(layers))] == [layer.kind for layer in layers]
