@@ -1,7 +1,8 @@
 """What `longwave bench ops` measures: operators, their sizes, and whom they run beside."""
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -15,6 +16,7 @@ from longwave.bench.calls import Inputs
 from longwave.bench.peers import OURS
 from longwave.ops.causal_conv1d import causal_conv1d_step
 from longwave.ops.causal_conv1d import samples as conv_samples
+from longwave.ops.fft_conv import samples as fft_samples
 from longwave.ops.gated_rms_norm import samples as norm_samples
 from longwave.ops.linear_step import linear_step
 from longwave.ops.linear_step import samples as linear_samples
@@ -91,6 +93,20 @@ _linear = {
     "copies": _LAYERS,
 }
 
+_FILTER = {"b": 1, "e": 768, "D": True}
+_fft_conv = Case(
+    full=_FILTER | {"l": 2048, "k": 2048},
+    small={"b": 1, "e": 24, "D": True, "l": 40, "k": 40},
+    make=fft_samples.make,
+    contenders={
+        OURS: _first(ops.fft_conv),
+        "torch fft": plain.fft_conv,
+        "torch fft, transposed": partial(plain.fft_conv, transpose=True),
+    },
+    # three real FFTs of length 2 l, and the product of two of them
+    operations=lambda s: s["b"] * s["e"] * s["l"] * (round(15 * math.log2(2 * s["l"])) + 6),
+)
+
 CASES: dict[str, Case] = {
     "selective_scan": Case(
         full=_SCAN | _LENGTH | {"z": False, "dt_bias": False},
@@ -139,6 +155,8 @@ CASES: dict[str, Case] = {
         },
         operations=lambda s: s["b"] * s["l"] * s["e"] * 2 * s["w"],
     ),
+    "fft_conv": _fft_conv,
+    "fft_conv_8192": replace(_fft_conv, full=_FILTER | {"l": 8192, "k": 8192}),
     "gated_rms_norm": Case(
         full={"b": 1, "l": 2048, "e": 1536, "gate": True},
         small={"b": 1, "l": 40, "e": 64, "gate": True},

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fft import irfft, rfft
 from torch.nn.functional import conv1d, rms_norm, silu, softplus
 
 from longwave.ops.mamba3_scan import Mamba3ScanState
@@ -31,6 +32,16 @@ def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor, **_: Any) -> Tensor:
     e, w = weight.shape
     y = conv1d(x.transpose(1, 2), weight[:, None], bias, padding=w - 1, groups=e)[..., : x.shape[1]]  # (b, e, l)
     return silu(y).transpose(1, 2)
+
+
+def fft_conv(x: Tensor, kernel: Tensor, D: Tensor, transpose: bool = False, **_: Any) -> Tensor:
+    """`transpose`: torch's FFT runs along contiguous rows, at the price of turning x round."""
+    l, time = x.shape[1], -1 if transpose else 1
+    rows = x.transpose(1, 2).contiguous() if transpose else x
+    filters = rfft(kernel, 2 * l)
+    product = rfft(rows, 2 * l, dim=time) * (filters if transpose else filters.T)
+    y = irfft(product, 2 * l, dim=time).narrow(time, 0, l)
+    return (y.transpose(1, 2) if transpose else y) + D * x
 
 
 def gated_rms_norm(x: Tensor, weight: Tensor, z: Tensor, eps: float, **_: Any) -> Tensor:
