@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from longwave.hub.settings import inexpressible, refuse, refuse_unless, setting, size
+from longwave.hub.settings import hold, inexpressible, refuse, refuse_unless, setting, size
 from longwave.models.language_model import LanguageModel
 
 WEIGHTS = "model.safetensors"
@@ -38,8 +38,7 @@ def config_from(
 
 
 def config_to(model: LanguageModel.Config, model_type: str, architecture: str) -> dict[str, Any]:
-    if model.norm != "rms":
-        inexpressible(model_type, "norm='rms'", f"norm={model.norm!r}")
+    hold(model_type, model, "vocab_size d_model layers norm_eps tie_embeddings residual_fp32")
     return {
         "model_type": model_type,
         "architectures": [architecture],

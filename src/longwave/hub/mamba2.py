@@ -6,7 +6,7 @@ from typing import Any
 from longwave.errors import UsageError
 from longwave.hub import backbone
 from longwave.hub.backbone import ALIASES, WEIGHTS, rename
-from longwave.hub.settings import inexpressible, limits, setting, size
+from longwave.hub.settings import hold, inexpressible, limits, setting, size
 from longwave.mixers.mamba2 import Mamba2
 from longwave.models.language_model import LanguageModel
 
@@ -50,9 +50,7 @@ def config_to(model: LanguageModel.Config) -> dict[str, Any]:
     d_inner = mixer.d_inner or mixer.expand * model.d_model
     if d_inner % model.d_model:
         inexpressible(MODEL_TYPE, f"d_inner a multiple of d_model={model.d_model}", f"d_inner={d_inner}")
-    if mixer.D_per_channel or mixer.norm_before_gate:
-        given = f"D_per_channel={mixer.D_per_channel}, norm_before_gate={mixer.norm_before_gate}"
-        inexpressible(MODEL_TYPE, "neither D_per_channel nor norm_before_gate", given)
+    hold(MODEL_TYPE, mixer, "d_state d_conv expand d_inner d_head n_groups dt_limit norm_eps bias conv_bias")
     if mixer.norm_eps != model.norm_eps:
         inexpressible(MODEL_TYPE, "one norm_eps", f"{model.norm_eps}, and {mixer.norm_eps} in its mixers")
     return backbone.config_to(model, MODEL_TYPE, ARCHITECTURE) | {
