@@ -209,14 +209,18 @@ def _final_state(x: Tensor, initial_state: Tensor | None, inputs: _Inputs) -> Te
 def _transform_filter(kernel, channel, time, taps, n, radices, first, roots, c0, width):
     """The transform of the taps, divided by n, which makes up for the way back."""
     h = fft.points(n, kernel)
+    h[0] = 1 / n
+    scale = h[0]  # in the dtype of h
     h[:] = 0
-    for j0 in range(0, taps, _TAPS):  # a run of one channel's taps, and the rows that they go to, are in cache together
-        for c in range(width):
-            for j in range(j0, min(j0 + _TAPS, taps)):
-                h[fft.place(j, n, h) + c] = kernel[(c0 + c) * channel + j * time]
+    row = fft.place(1, n, h) if n > 1 else 0
+    for half in range(2):  # taps below n are real parts, the others imaginary ones
+        begin, end = half * n, min(taps, (half + 1) * n)
+        for j0 in range(begin, end, _TAPS):  # a run of one channel's taps, and the rows they go to, are in cache
+            for c in range(width):
+                to, source = fft.place(j0, n, h) + c, (c0 + c) * channel + j0 * time
+                for j in range(min(_TAPS, end - j0)):
+                    h[to + j * row] = scale * kernel[source + j * time]
     fft.transform(h, n, radices, first, roots)
-    for i in range(len(h)):
-        h[i] /= n
     return h
 
 
