@@ -157,7 +157,7 @@ def test_config_json_missing_or_broken(folder):
 
 
 UNSUPPORTED = {
-    "'jamba'": {"model_type": "jamba"},
+    "'rwkv'": {"model_type": "rwkv"},
     "Did you mean 'mamba2'": {"model_type": "mamba-2"},
     "hidden_act 'gelu'": {"hidden_act": "gelu"},
     "quantization_config": {"quantization_config": {"bits": 4}},
