@@ -29,7 +29,8 @@ OPTIONS = (
 )
 LAYER_OPTIONS = (
     "_name_ d_model l_max order filter_order local_order num_heads inner_factor num_blocks fused_bias_fc outer_mixing "
-    "dropout filter_dropout filter_cls post_order_ffn jit_filter short_filter_order activation return_state filter_args "
+    "dropout filter_dropout filter_cls post_order_ffn jit_filter short_filter_order activation "
+    "return_state filter_args "
 )
 FILTER_OPTIONS = (
     "emb_dim w modulate shift fast_decay_pct slow_decay_pct target num_inner_mlps normalized bias seq_len order "
