@@ -112,7 +112,7 @@ def test_cos_sin_of_long_phases(size):
     rates = (size * rng.uniform(-3, 3, 20000)).astype(np.float32)
     phases = steps.astype(np.float64) * rates
     for found, expected in zip(turned(steps, rates), (np.cos(phases), np.sin(phases)), strict=True):
-        assert np.abs(found - expected).max() <= 1.5 * 2**-24
+        assert np.abs(found - expected).max() <= 2**-23
     cosine, sine = (x.astype(np.float64) for x in turned(steps, rates))
     assert abs((cosine**2 + sine**2 - 1).mean()) <= 1e-8  # a bias would add up over many turns
 
