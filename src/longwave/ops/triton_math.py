@@ -44,6 +44,11 @@ def block(size: int, least: int = 16) -> int:
     return max(triton.next_power_of_2(size), least)
 
 
+def absent(t: Tensor | None, other: Tensor) -> Tensor:
+    """`t`, or a stand-in for one that is absent: kernels do arithmetic on its address, and never read it."""
+    return other if t is None else t
+
+
 def rows(x: Tensor) -> Tensor:
     """`x` with a contiguous last axis: itself, or a copy."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()

@@ -1,8 +1,9 @@
-"""The short convolution on a GPU: each program reads a tile of tokens and channels, w times over from the cache.
+"""The short convolution on a GPU: a program walks a strip of tokens, the last inputs of its channels in registers.
 
-Position s < 0 is slot w - 1 + s of the window before x. An input reaches the d-th output after it unless a document
-begins in between. The backward pass computes what the activation was given again; its sums over tokens, for the
-weight and the bias, are written per tile and added up in a fixed order.
+Position s < 0 is slot w - 1 + s of the window before x. `age` counts the tokens before one in its document, up to
+w - 1: an input reaches the d-th output after it if that output's age is at least d. The backward pass computes what the
+activation was given again, and holds the gradients of the last w inputs until all their outputs have passed. Its sums
+over tokens, for the weight and the bias, are written per strip and added up in a fixed order.
 """
 
 import torch
@@ -10,68 +11,112 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from longwave.ops.triton_math import block, device_of, rows
+from longwave.ops.triton_math import absent, block, device_of, rows
 
 
 @triton.jit
-def _inputs(x, window, at, channel, end, e, stride_xl, W: tl.constexpr, WINDOW: tl.constexpr):
-    """The inputs at positions `at` (BT, 1) of these channels (1, BC), 0 past the end; in float32."""
-    inside = channel < e
-    value = tl.load(x + at.to(tl.int64) * stride_xl + channel, mask=(at >= 0) & (at < end) & inside, other=0.0)
+def _input(x, window, t, channel, end, e, stride_xl, W: tl.constexpr, WINDOW: tl.constexpr):
+    """The input at position t, as it is stored; 0 from the end on."""
+    value = tl.load(
+        x + tl.cast(t, tl.int64) * stride_xl + channel, mask=channel < tl.where((t >= 0) & (t < end), e, 0), other=0.0
+    )
     if WINDOW:
-        before = tl.load(window + (at + (W - 1)) * e + channel, mask=(at < 0) & (at > -W) & inside, other=0.0)
-        value = tl.where(at < 0, before.to(value.dtype), value)
-    return value.to(tl.float32)
+        before = tl.load(
+            window + (t + (W - 1)) * e + channel, mask=channel < tl.where((t < 0) & (t > -W), e, 0), other=0.0
+        )
+        value = tl.where(t < 0, before.to(value.dtype), value)
+    return value
 
 
 @triton.jit
-def _begins(reset, at, end, stride_rl, RESET: tl.constexpr):
-    """Does a document begin at these positions?"""
+def _older(age, reset, t, end, stride_rl, W: tl.constexpr, RESET: tl.constexpr):
+    """The age of token t, from that of the one before it."""
+    age = tl.minimum(age + 1, W - 1)
     if RESET:
-        return tl.load(reset + at.to(tl.int64) * stride_rl, mask=(at >= 0) & (at < end), other=0) != 0
-    return at != at
+        begins = tl.load(reset + tl.cast(t, tl.int64) * stride_rl, mask=(t >= 0) & (t < end), other=0)
+        age = tl.where(begins != 0, 0, age)
+    return age
 
 
 @triton.jit
-def _sums(
-    x, window, weight, bias, reset, at, channel, end, e, stride_xl, stride_we, stride_ww, stride_rl,
-    W: tl.constexpr, BIAS: tl.constexpr, WINDOW: tl.constexpr, RESET: tl.constexpr,
+def _before(
+    x, window, reset, first, channel, end, e, stride_xl, stride_rl,
+    W: tl.constexpr, WINDOW: tl.constexpr, RESET: tl.constexpr,
 ):  # fmt: skip
-    """bias + sum_k weight_k x_{t-(w-1)+k} at tokens `at`."""
-    taps = tl.load(weight + channel * stride_we + (W - 1) * stride_ww, mask=channel < e, other=0.0).to(tl.float32)
-    total = taps * _inputs(x, window, at, channel, end, e, stride_xl, W, WINDOW)
-    cut = at != at
-    for d in tl.static_range(1, W):
-        cut = cut | _begins(reset, at - (d - 1), end, stride_rl, RESET)
-        taps = tl.load(weight + channel * stride_we + (W - 1 - d) * stride_ww, mask=channel < e, other=0.0)
-        value = _inputs(x, window, at - d, channel, end, e, stride_xl, W, WINDOW)
-        total += tl.where(cut, 0.0, taps.to(tl.float32) * value)
+    """The w - 1 inputs before position `first`, in float32, and the age of the last of them."""
+    held, age = (), tl.zeros((), tl.int32) + (W - 1)
+    for k in tl.static_range(W - 1):
+        t = first - (W - 1) + k
+        held = held + (_input(x, window, t, channel, end, e, stride_xl, W, WINDOW).to(tl.float32),)
+        age = _older(age, reset, t, end, stride_rl, W, RESET)
+    return held, age
+
+
+@triton.jit
+def _taps(weight, bias, channel, e, stride_we, stride_ww, W: tl.constexpr, BIAS: tl.constexpr):
+    """The weights of distance 0, 1, ..., and the bias."""
+    taps = ()
+    for d in tl.static_range(W):
+        at = weight + channel * stride_we + (W - 1 - d) * stride_ww
+        taps = taps + (tl.load(at, mask=channel < e, other=0.0).to(tl.float32),)
+    offset = tl.zeros(channel.shape, tl.float32)
     if BIAS:
-        total += tl.load(bias + channel, mask=channel < e, other=0.0).to(tl.float32)
+        offset = tl.load(bias + channel, mask=channel < e, other=0.0).to(tl.float32)
+    return taps, offset
+
+
+@triton.jit
+def _sum(taps, offset, now, held, age, W: tl.constexpr, RESET: tl.constexpr):
+    """bias + sum_d taps_d x_{t-d} over the inputs of t's document; `held` has the oldest first."""
+    total = offset + taps[0] * now
+    for d in tl.static_range(1, W):
+        term = taps[d] * held[W - 1 - d]
+        if RESET:
+            term = tl.where(age >= d, term, 0.0)
+        total += term
     return total
 
 
 @triton.jit
+def _rest(held, COUNT: tl.constexpr):
+    """All of `held` but the first."""
+    rest = ()
+    for k in tl.static_range(1, COUNT):
+        rest = rest + (held[k],)
+    return rest
+
+
+@triton.jit
 def _forward_kernel(
-    x, window, weight, bias, reset, lengths, y, l, e, tiles,
+    x, window, weight, bias, reset, lengths, y, l, e, strips,
     stride_xb, stride_xl, stride_we, stride_ww, stride_rb, stride_rl,
     SILU: tl.constexpr, W: tl.constexpr, BIAS: tl.constexpr, WINDOW: tl.constexpr, RESET: tl.constexpr,
-    LENGTHS: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
+    LENGTHS: tl.constexpr, STRIP: tl.constexpr, T: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(e, BC)
     program = tl.program_id(0)
-    row = (program // (blocks * tiles)).to(tl.int64)
-    at = (program // blocks % tiles) * BT + tl.arange(0, BT)[:, None]
-    channel = (program % blocks) * BC + tl.arange(0, BC)[None, :]
+    row, first = (program // (blocks * strips)).to(tl.int64), (program // blocks % strips) * STRIP
+    channel = (program % blocks) * BC + tl.arange(0, BC)
     end = tl.load(lengths + row).to(tl.int32) if LENGTHS else l
-    total = _sums(
-        x + row * stride_xb, window + row * (W - 1) * e, weight, bias, reset + row * stride_rb, at, channel, end, e,
-        stride_xl, stride_we, stride_ww, stride_rl, W, BIAS, WINDOW, RESET,
-    )  # fmt: skip
-    if SILU:
-        total = total / (1.0 + tl.exp(-total))
-    total = tl.where(at < end, total, 0.0)
-    tl.store(y + (row * l + at) * e + channel, total.to(y.dtype.element_ty), mask=(at < l) & (channel < e))
+    x += row * stride_xb
+    window += row * (W - 1) * e
+    reset += row * stride_rb
+    y += row * l * e
+    taps, offset = _taps(weight, bias, channel, e, stride_we, stride_ww, W, BIAS)
+    held, age = _before(x, window, reset, first, channel, end, e, stride_xl, stride_rl, W, WINDOW, RESET)
+    for start in range(first, tl.minimum(first + STRIP, l), T):
+        inputs = ()
+        for k in tl.static_range(T):
+            inputs = inputs + (_input(x, window, start + k, channel, end, e, stride_xl, W, False),)
+        for k in tl.static_range(T):
+            t, now = start + k, inputs[k].to(tl.float32)
+            age = _older(age, reset, t, end, stride_rl, W, RESET)
+            total = _sum(taps, offset, now, held, age, W, RESET)
+            held = _rest(held + (now,), W)
+            if SILU:
+                total = total / (1.0 + tl.exp(-total))
+            total = tl.where(t < end, total, 0.0).to(y.dtype.element_ty)
+            tl.store(y + tl.cast(t, tl.int64) * e + channel, total, mask=channel < tl.where(t < l, e, 0))
 
 
 @triton.jit
@@ -82,76 +127,93 @@ def _window_kernel(
     """The last w - 1 inputs before the end, 0 for those of an earlier document."""
     blocks = tl.cdiv(e, BC)
     row = (tl.program_id(0) // blocks).to(tl.int64)
-    channel = (tl.program_id(0) % blocks) * BC + tl.arange(0, BC)[None, :]
-    end = tl.load(lengths + row).to(tl.int32) if LENGTHS else l
-    at = tl.zeros((1, 1), tl.int32) + end
-    cut = at != at
-    for d in tl.static_range(1, W):
-        value = _inputs(x + row * stride_xb, window + row * (W - 1) * e, at - d, channel, end, e, stride_xl, W, WINDOW)
-        to = final + (row * (W - 1) + (W - 1 - d)) * e + channel
-        tl.store(to, tl.where(cut, 0.0, value).to(final.dtype.element_ty), mask=channel < e)
-        cut = cut | _begins(reset + row * stride_rb, at - d, end, stride_rl, RESET)
+    channel = (tl.program_id(0) % blocks) * BC + tl.arange(0, BC)
+    end = tl.load(lengths + row).to(tl.int32) if LENGTHS else tl.zeros((), tl.int32) + l
+    held, age = _before(
+        x + row * stride_xb, window + row * (W - 1) * e, reset + row * stride_rb, end, channel, end, e, stride_xl,
+        stride_rl, W, WINDOW, RESET,
+    )  # fmt: skip
+    for k in tl.static_range(W - 1):
+        value = tl.where(age >= W - 2 - k, held[k], 0.0).to(final.dtype.element_ty)
+        tl.store(final + (row * (W - 1) + k) * e + channel, value, mask=channel < e)
 
 
 @triton.jit
 def _backward_kernel(
-    dy, dfinal, x, window, weight, bias, reset, lengths, dx, dwindow, dweight, dbias, l, e, tiles,
+    dy, dfinal, x, window, weight, bias, reset, lengths, dx, dwindow, dweight, dbias, l, e, strips,
     stride_yb, stride_yl, stride_xb, stride_xl, stride_we, stride_ww, stride_rb, stride_rl,
     SILU: tl.constexpr, W: tl.constexpr, BIAS: tl.constexpr, WINDOW: tl.constexpr, RESET: tl.constexpr,
-    LENGTHS: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
+    LENGTHS: tl.constexpr, STRIP: tl.constexpr, T: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
+    """The inputs of a strip; those of the first one begin with the window. Outputs reach w - 1 tokens past its end."""
     blocks = tl.cdiv(e, BC)
     program = tl.program_id(0)
-    row, tile = (program // (blocks * tiles)).to(tl.int64), program // blocks % tiles
-    at = tile * BT - (W - 1) + tl.arange(0, BT)[:, None]
-    channel = (program % blocks) * BC + tl.arange(0, BC)[None, :]
-    inside = channel < e
+    row, strip = (program // (blocks * strips)).to(tl.int64), program // blocks % strips
+    first = strip * STRIP - (W - 1)
+    channel = (program % blocks) * BC + tl.arange(0, BC)
     end = tl.load(lengths + row).to(tl.int32) if LENGTHS else l
     x += row * stride_xb
     window += row * (W - 1) * e
     reset += row * stride_rb
     dy += row * stride_yb
-    part = (row * tiles + tile) * e + channel
-
-    slot = at - (end - (W - 1))
-    grad = tl.load(
-        dfinal + (row * (W - 1) + slot) * e + channel, mask=(slot >= 0) & (slot < W - 1) & inside, other=0.0
-    ).to(tl.float32)
-    cut = at != at
-    for d in tl.static_range(1, W - 1):  # a document that begins between an input and the end hides it
-        cut = cut | _begins(reset, at + d, end, stride_rl, RESET)
-    grad = tl.where(cut, 0.0, grad)
-
-    cut = at != at
+    taps, offset = _taps(weight, bias, channel, e, stride_we, stride_ww, W, BIAS)
+    held, age = _before(x, window, reset, first, channel, end, e, stride_xl, stride_rl, W, WINDOW, RESET)
+    zero = tl.zeros((BC,), tl.float32)
+    waiting, sums, sum_bias = (), (), zero
     for d in tl.static_range(W):
-        to = at + d
-        dsum = tl.load(dy + to.to(tl.int64) * stride_yl + channel, mask=(to >= 0) & (to < end) & inside, other=0.0).to(
-            tl.float32
-        )
-        if SILU:
-            total = _sums(
-                x, window, weight, bias, reset, to, channel, end, e, stride_xl, stride_we, stride_ww, stride_rl,
-                W, BIAS, WINDOW, RESET,
-            )  # fmt: skip
-            share = 1.0 / (1.0 + tl.exp(-total))
-            dsum *= share * (1.0 + total * (1.0 - share))
+        sums = sums + (zero,)
         if d > 0:
-            cut = cut | _begins(reset, to, end, stride_rl, RESET)
-        taps = tl.load(weight + channel * stride_we + (W - 1 - d) * stride_ww, mask=inside, other=0.0)
-        reached = tl.where(cut, 0.0, dsum)
-        grad += reached * taps.to(tl.float32)
-        value = _inputs(x, window, at, channel, end, e, stride_xl, W, WINDOW)
-        tl.store(dweight + part * W + (W - 1 - d), tl.sum(reached * value, 0)[None, :], mask=inside)
-        if BIAS and d == 0:
-            tl.store(dbias + part, tl.sum(dsum, 0)[None, :], mask=inside)
-    tl.store(
-        dx + (row * l + at) * e + channel,
-        tl.where(at < end, grad, 0.0).to(dx.dtype.element_ty),
-        mask=(at >= 0) & (at < l) & inside,
-    )
-    if WINDOW:
-        to = dwindow + (row * (W - 1) + at + (W - 1)) * e + channel
-        tl.store(to, grad.to(dwindow.dtype.element_ty), mask=(at < 0) & inside)
+            waiting = waiting + (zero,)  # gradients of the last w - 1 inputs, the oldest first
+    for start in range(first, first + STRIP + (W - 1), T):
+        inputs, grads = (), ()
+        for k in tl.static_range(T):
+            t = start + k
+            inputs = inputs + (_input(x, window, t, channel, end, e, stride_xl, W, WINDOW),)
+            mask = channel < tl.where((t >= 0) & (t < end), e, 0)
+            grads = grads + (tl.load(dy + tl.cast(t, tl.int64) * stride_yl + channel, mask=mask, other=0.0),)
+        for k in tl.static_range(T):
+            t, now, grad = start + k, inputs[k].to(tl.float32), grads[k].to(tl.float32)
+            age = _older(age, reset, t, end, stride_rl, W, RESET)
+            if SILU:
+                total = _sum(taps, offset, now, held, age, W, RESET)
+                share = 1.0 / (1.0 + tl.exp(-total))
+                grad *= share * (1.0 + total * (1.0 - share))
+            counted = tl.where(t < first + STRIP, grad, 0.0)  # an output past the strip is the next one's
+            waiting = waiting + (taps[0] * grad,)
+            reached, added = (), ()
+            for d in tl.static_range(W - 1, 0, -1):
+                to, own = taps[d] * grad, counted * held[W - 1 - d]
+                if RESET:
+                    to, own = tl.where(age >= d, to, 0.0), tl.where(age >= d, own, 0.0)
+                reached = reached + (waiting[W - 1 - d] + to,)
+                added = added + (sums[W - 1 - d] + own,)
+            waiting = reached + (waiting[W - 1],)
+            sums = added + (sums[W - 1] + counted * now,)
+            if BIAS:
+                sum_bias += counted
+            s = t - (W - 1)  # the input whose last output this was
+            slot = s - (end - (W - 1))
+            last = tl.load(
+                dfinal + (row * (W - 1) + slot) * e + channel,
+                mask=channel < tl.where((slot >= 0) & (slot < W - 1), e, 0),
+                other=0.0,
+            ).to(tl.float32)
+            done = waiting[0] + tl.where(age >= W - 1, last, 0.0)
+            mine = (s >= first) & (s < first + STRIP)
+            to_x = channel < tl.where(mine & (s >= 0) & (s < l), e, 0)
+            value = tl.where(s < end, done, 0.0).to(dx.dtype.element_ty)
+            tl.store(dx + (row * l + s) * e + channel, value, mask=to_x)
+            if WINDOW:
+                to_window = channel < tl.where(mine & (s < 0), e, 0)
+                at = (row * (W - 1) + s + (W - 1)) * e
+                tl.store(dwindow + at + channel, done.to(dwindow.dtype.element_ty), mask=to_window)
+            waiting = _rest(waiting, W)
+            held = _rest(held + (now,), W)
+    part = row * strips + strip
+    for k in tl.static_range(W):
+        tl.store(dweight + (part * W + k) * e + channel, sums[k], mask=channel < e)
+    if BIAS:
+        tl.store(dbias + part * e + channel, sum_bias, mask=channel < e)
 
 
 @triton.jit
@@ -184,31 +246,27 @@ def _step_kernel(
     tl.store(y + row * e + channel, total.to(y.dtype.element_ty), mask=inside)
 
 
-_TOKENS, _CHANNELS = 32, 64  # of a tile
+_STRIP = 128  # tokens that a program walks
+_TILE = 8  # tokens that are loaded before the first of them is worked on
+_CHANNELS = 128
 
 
 def forward(x, weight, bias, silu, initial_state, reset, lengths):
     x = rows(x)
     b, l, e = x.shape
-    w = weight.shape[1]
     window = _window(initial_state, x)
-    tiles, BC = triton.cdiv(l, _TOKENS), min(_CHANNELS, block(e))
-    y, final = torch.empty(b, l, e, dtype=x.dtype, device=x.device), x.new_empty(b, w - 1, e)
-    flags = {
-        "W": w, "WINDOW": window is not None, "RESET": reset is not None, "LENGTHS": lengths is not None, "BC": BC,
-        "num_warps": 4,
-    }  # fmt: skip
-    held = (x if window is None else window, x if reset is None else reset)  # never read where they stand for nothing
+    y, final = torch.empty(b, l, e, dtype=x.dtype, device=x.device), x.new_empty(b, weight.shape[1] - 1, e)
+    strips, flags = triton.cdiv(l, _STRIP), _flags(weight, window, reset, lengths, e)
+    held = (absent(window, x), absent(reset, x))
     with device_of(x):
-        _forward_kernel[(b * tiles * triton.cdiv(e, BC),)](
-            x, held[0], weight, bias, held[1], lengths, y, l, e, tiles,
+        _forward_kernel[(b * strips * triton.cdiv(e, flags["BC"]),)](
+            x, held[0], weight, bias, held[1], lengths, y, l, e, strips,
             *x.stride()[:2], *weight.stride(), *_strides(reset),
-            SILU=silu, BIAS=bias is not None, BT=_TOKENS, **flags,
+            SILU=silu, BIAS=bias is not None, STRIP=_STRIP, T=_TILE, **flags,
         )  # fmt: skip
-        if w > 1:
-            _window_kernel[(b * triton.cdiv(e, BC),)](
-                x, held[0], held[1], lengths, final, l, e, *x.stride()[:2], *_strides(reset), **flags
-            )
+        _window_kernel[(b * triton.cdiv(e, flags["BC"]),)](
+            x, held[0], held[1], lengths, final, l, e, *x.stride()[:2], *_strides(reset), **flags
+        )
     return y, final
 
 
@@ -217,20 +275,20 @@ def backward(dy, dfinal, x, weight, bias, silu, initial_state, reset, lengths):
     b, l, e = x.shape
     w = weight.shape[1]
     window = _window(initial_state, x)
-    tiles, BC = triton.cdiv(l + w - 1, _TOKENS), min(_CHANNELS, block(e))
+    strip = _STRIP - (w - 1)  # so that the outputs that it reaches are whole tiles
+    strips, flags = triton.cdiv(l + w - 1, strip), _flags(weight, window, reset, lengths, e)
     dx, dwindow = torch.empty(b, l, e, dtype=x.dtype, device=x.device), x.new_zeros(b, w - 1, e)
-    dweight = torch.empty(b * tiles, e, w, dtype=torch.float32, device=x.device)
-    dbias = torch.empty(b * tiles, e, dtype=torch.float32, device=x.device)
-    held = (x if window is None else window, x if reset is None else reset)
+    dweight = torch.empty(b * strips, w, e, dtype=torch.float32, device=x.device)
+    dbias = torch.empty(b * strips, e, dtype=torch.float32, device=x.device)
+    held = (absent(window, x), absent(reset, x))
     with device_of(x):
-        _backward_kernel[(b * tiles * triton.cdiv(e, BC),)](
+        _backward_kernel[(b * strips * triton.cdiv(e, flags["BC"]),)](
             dy, dfinal.contiguous(), x, held[0], weight, bias, held[1], lengths, dx, dwindow, dweight, dbias,
-            l, e, tiles, *dy.stride()[:2], *x.stride()[:2], *weight.stride(), *_strides(reset),
-            SILU=silu, W=w, BIAS=bias is not None, WINDOW=window is not None, RESET=reset is not None,
-            LENGTHS=lengths is not None, BT=_TOKENS, BC=BC, num_warps=4,
+            l, e, strips, *dy.stride()[:2], *x.stride()[:2], *weight.stride(), *_strides(reset),
+            SILU=silu, BIAS=bias is not None, STRIP=strip, T=_TILE, **flags,
         )  # fmt: skip
     dbias = weight.new_empty(e) if bias is None else dbias.sum(0).to(weight.dtype)
-    return dx, dweight.sum(0).to(weight.dtype), dbias, dwindow
+    return dx, dweight.sum(0).T.to(weight.dtype).contiguous(), dbias, dwindow
 
 
 def step(state, x, weight, bias, silu):
@@ -254,3 +312,10 @@ def _window(initial_state: Tensor | None, x: Tensor) -> Tensor | None:
 
 def _strides(reset: Tensor | None) -> tuple[int, ...]:
     return (0, 0) if reset is None else reset.stride()
+
+
+def _flags(weight, window, reset, lengths, e: int) -> dict:
+    return {
+        "W": weight.shape[1], "WINDOW": window is not None, "RESET": reset is not None,
+        "LENGTHS": lengths is not None, "BC": min(_CHANNELS, block(e)), "num_warps": 1,
+    }  # fmt: skip

@@ -20,8 +20,34 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from longwave.ops.triton_math import LOG2E, block, device_of, processors_of, rows, silu, step_size
+from longwave.ops.triton_math import LOG2E, absent, block, device_of, processors_of, rows, silu, step_size
 from longwave.ops.triton_segments import pass_states, segments_of
+
+
+@triton.jit
+def _tile(
+    x, dt, B, C, z, dy, reset, start, end, i_e, i_n, e, n,
+    stride_xl, stride_tl, stride_Bl, stride_Cl, stride_zl, stride_yl, stride_rl,
+    OUTPUT: tl.constexpr, GATE: tl.constexpr, GRADIENT: tl.constexpr, RESET: tl.constexpr, T: tl.constexpr,
+):  # fmt: skip
+    """T tokens from `start` on, 0 from `end` on: tuples of x, dt, B, C, z, dy, and whether the state is kept."""
+    xs, dts, Bs, Cs, zs, dys, keeps = (), (), (), (), (), (), ()
+    for k in tl.static_range(T):
+        t = start + k
+        here, t64 = t < end, t.to(tl.int64)
+        in_e, in_n = i_e < tl.where(here, e, 0), i_n < tl.where(here, n, 0)
+        xs = xs + (tl.load(x + t64 * stride_xl + i_e, mask=in_e, other=0.0),)
+        dts = dts + (tl.load(dt + t64 * stride_tl + i_e, mask=in_e, other=0.0),)
+        Bs = Bs + (tl.load(B + t64 * stride_Bl + i_n, mask=in_n, other=0.0),)
+        if OUTPUT:
+            Cs = Cs + (tl.load(C + t64 * stride_Cl + i_n, mask=in_n, other=0.0),)
+            if GATE:
+                zs = zs + (tl.load(z + t64 * stride_zl + i_e, mask=in_e, other=0.0),)
+        if GRADIENT:
+            dys = dys + (tl.load(dy + t64 * stride_yl + i_e, mask=in_e, other=0.0),)
+        if RESET:
+            keeps = keeps + (tl.load(reset + t64 * stride_rl, mask=here, other=0) == 0,)
+    return xs, dts, Bs, Cs, zs, dys, keeps
 
 
 @triton.jit
@@ -52,30 +78,27 @@ def _forward_kernel(
     end = tl.load(lengths + row).to(tl.int32) if LENGTHS else l
     bias = tl.load(dt_bias + i_e, mask=in_e, other=0.0).to(tl.float32) if BIAS else 0.0
     skip = tl.load(D + i_e, mask=in_e, other=0.0).to(tl.float32) if SKIP else 0.0
-    x += row * stride_xb + i_e
-    dt += row * stride_tb + i_e
-    B += row * stride_Bb + i_n
-    C += row * stride_Cb + i_n
+    x += row * stride_xb
+    dt += row * stride_tb
+    B += row * stride_Bb
+    C += row * stride_Cb
+    z += row * stride_zb
+    reset += row * stride_rb
     first = (segment * per_segment).to(tl.int32)
+    tile = _tile(
+        x, dt, B, C, z, x, reset, first, end, i_e, i_n, e, n, stride_xl, stride_tl, stride_Bl, stride_Cl, stride_zl, 0,
+        stride_rl, OUTPUT, GATE, False, RESET, T,
+    )  # fmt: skip
     for start in range(first, tl.minimum(first + per_segment, l), T):
         if STORE:
             if start % per_state == 0:
                 at = ((row * chunks + start // per_state) * n + i_n[None, :]) * e + i_e[:, None]
                 tl.store(states + at, state, mask=inside)
-        xs, dts, Bs, Cs, zs, keeps = (), (), (), (), (), ()
-        for k in tl.static_range(T):
-            t = start + k
-            here, t64 = t < end, t.to(tl.int64)
-            here_e, here_n = tl.where(here, e, 0), tl.where(here, n, 0)
-            xs = xs + (tl.load(x + t64 * stride_xl, mask=i_e < here_e, other=0.0),)
-            dts = dts + (tl.load(dt + t64 * stride_tl, mask=i_e < here_e, other=0.0),)
-            Bs = Bs + (tl.load(B + t64 * stride_Bl, mask=i_n < here_n, other=0.0),)
-            if OUTPUT:
-                Cs = Cs + (tl.load(C + t64 * stride_Cl, mask=i_n < here_n, other=0.0),)
-                if GATE:
-                    zs = zs + (tl.load(z + row * stride_zb + t64 * stride_zl + i_e, mask=i_e < here_e, other=0.0),)
-            if RESET:
-                keeps = keeps + (tl.load(reset + row * stride_rb + t64 * stride_rl, mask=here, other=0) == 0,)
+        xs, dts, Bs, Cs, zs, _, keeps = tile
+        tile = _tile(  # the next one, while this one is worked on
+            x, dt, B, C, z, x, reset, start + T, end, i_e, i_n, e, n, stride_xl, stride_tl, stride_Bl, stride_Cl,
+            stride_zl, 0, stride_rl, OUTPUT, GATE, False, RESET, T,
+        )  # fmt: skip
         for k in tl.static_range(T):
             t = start + k
             x_t = xs[k].to(tl.float32)
@@ -168,11 +191,13 @@ def _backward_kernel(
     cell = (row * segments + segment) * e * n + i_e[:, None] * n + i_n[None, :]
     grad = tl.load(after + cell, mask=inside, other=0.0)
     dA_sum, dD_sum, dbias_sum = tl.zeros((BE, BN), tl.float32), tl.zeros((BE,), tl.float32), tl.zeros((BE,), tl.float32)
-    x += row * stride_xb + i_e
-    dt += row * stride_tb + i_e
-    dy += row * stride_yb + i_e
-    B += row * stride_Bb + i_n
-    C += row * stride_Cb + i_n
+    x += row * stride_xb
+    dt += row * stride_tb
+    dy += row * stride_yb
+    B += row * stride_Bb
+    C += row * stride_Cb
+    z += row * stride_zb
+    reset += row * stride_rb
     first = (segment * per_segment).to(tl.int32)
     chunk_len = TILES * T
     scratch += program * (TILES * BE * BN) + tl.arange(0, BE)[:, None] * BN + i_n[None, :]
@@ -181,42 +206,33 @@ def _backward_kernel(
         begin = first + (parts - 1 - chunk) * chunk_len
         at = ((row * chunks + begin // chunk_len) * n + i_n[None, :]) * e + i_e[:, None]
         state = tl.load(states + at, mask=inside, other=0.0)
-        for tile in range(TILES):
-            tl.store(scratch + tile * (BE * BN), state)
-            xs, dts, Bs, keeps = (), (), (), ()
-            for k in tl.static_range(T):
-                t = begin + tile * T + k
-                here, t64 = t < end, t.to(tl.int64)
-                here_e, here_n = tl.where(here, e, 0), tl.where(here, n, 0)
-                xs = xs + (tl.load(x + t64 * stride_xl, mask=i_e < here_e, other=0.0),)
-                dts = dts + (tl.load(dt + t64 * stride_tl, mask=i_e < here_e, other=0.0),)
-                Bs = Bs + (tl.load(B + t64 * stride_Bl, mask=i_n < here_n, other=0.0),)
-                if RESET:
-                    keeps = keeps + (tl.load(reset + row * stride_rb + t64 * stride_rl, mask=here, other=0) == 0,)
+        tile = _tile(
+            x, dt, B, C, z, dy, reset, begin, end, i_e, i_n, e, n, stride_xl, stride_tl, stride_Bl, stride_Cl,
+            stride_zl, stride_yl, stride_rl, False, False, False, RESET, T,
+        )  # fmt: skip
+        for k_tile in range(TILES):
+            tl.store(scratch + k_tile * (BE * BN), state)
+            start = begin + k_tile * T
+            xs, dts, Bs, _, _, _, keeps = tile
+            tile = _tile(
+                x, dt, B, C, z, dy, reset, start + T, end, i_e, i_n, e, n, stride_xl, stride_tl, stride_Bl, stride_Cl,
+                stride_zl, stride_yl, stride_rl, False, False, False, RESET, T,
+            )  # fmt: skip
             for k in tl.static_range(T):
                 size, _ = step_size(dts[k].to(tl.float32) + bias, SOFTPLUS)
-                size = tl.where(begin + tile * T + k < end, size, 0.0)
+                size = tl.where(start + k < end, size, 0.0)
                 decay = tl.exp2(size[:, None] * (rate * LOG2E))
                 if RESET:
                     decay = tl.where(keeps[k], decay, 0.0)
                 state = decay * state + (size * xs[k].to(tl.float32))[:, None] * Bs[k].to(tl.float32)[None, :]
         tl.debug_barrier()
-        for tile in range(TILES):
-            start = begin + (TILES - 1 - tile) * T
-            state = tl.load(scratch + (TILES - 1 - tile) * (BE * BN))
-            xs, dts, Bs, Cs, dys, zs, keeps = (), (), (), (), (), (), ()
-            for k in tl.static_range(T):
-                here, t64 = start + k < end, (start + k).to(tl.int64)
-                here_e, here_n = tl.where(here, e, 0), tl.where(here, n, 0)
-                xs = xs + (tl.load(x + t64 * stride_xl, mask=i_e < here_e, other=0.0),)
-                dts = dts + (tl.load(dt + t64 * stride_tl, mask=i_e < here_e, other=0.0),)
-                dys = dys + (tl.load(dy + t64 * stride_yl, mask=i_e < here_e, other=0.0),)
-                Bs = Bs + (tl.load(B + t64 * stride_Bl, mask=i_n < here_n, other=0.0),)
-                Cs = Cs + (tl.load(C + t64 * stride_Cl, mask=i_n < here_n, other=0.0),)
-                if GATE:
-                    zs = zs + (tl.load(z + row * stride_zb + t64 * stride_zl + i_e, mask=i_e < here_e, other=0.0),)
-                if RESET:
-                    keeps = keeps + (tl.load(reset + row * stride_rb + t64 * stride_rl, mask=here, other=0) == 0,)
+        for k_tile in range(TILES):
+            start = begin + (TILES - 1 - k_tile) * T
+            state = tl.load(scratch + (TILES - 1 - k_tile) * (BE * BN))
+            xs, dts, Bs, Cs, zs, dys, keeps = _tile(
+                x, dt, B, C, z, dy, reset, start, end, i_e, i_n, e, n, stride_xl, stride_tl, stride_Bl, stride_Cl,
+                stride_zl, stride_yl, stride_rl, True, GATE, True, RESET, T,
+            )  # fmt: skip
             kept, decays = (), ()  # a_t h_{t-1} and a_t
             for k in tl.static_range(T):
                 size, _ = step_size(dts[k].to(tl.float32) + bias, SOFTPLUS)
@@ -308,7 +324,7 @@ def _step_kernel(
 
 
 _TILE = 4  # tokens that are loaded before the first of them is worked on
-_CELLS = 256  # of the state of one program: one warp, eight to a thread
+_CELLS = 512  # of the state of one program: one warp, sixteen to a thread
 _SEGMENT = 256  # tokens of a segment that are worth a second pass over them
 
 
@@ -325,7 +341,7 @@ def forward(x, dt, A, B, C, D, z, dt_bias, initial_state, reset, lengths, dt_sof
 
         def launch(initial, final, total, output):
             _forward_kernel[(cut.programs,)](
-                x, dt, A, B, C, D, z, dt_bias, initial, reset, lengths, y, final, total, states,
+                x, dt, A, B, C, D, absent(z, x), dt_bias, initial, absent(reset, x), lengths, y, final, total, states,
                 l, e, n, cut.per_segment, cut.segments, chunks, chunk_len,
                 *x.stride()[:2], *dt.stride()[:2], *A.stride(), *B.stride()[:2], *C.stride()[:2], *_strides(z),
                 *_strides(reset),
@@ -371,7 +387,7 @@ def backward(dy, dfinal, states, x, dt, A, B, C, D, z, dt_bias, initial_state, r
         dD, dbias = (cut.empty(b, cut.segments, e) for _ in range(2))
         scratch = cut.empty(cut.programs, chunk_len // _TILE, cut.BE, cut.BN)
         _backward_kernel[(cut.programs,)](
-            dy, x, dt, A, B, C, D, z, dt_bias, reset, lengths, states, after,
+            dy, x, dt, A, B, C, D, absent(z, x), dt_bias, absent(reset, x), lengths, states, after,
             dx, ddt, dA, dB, dC, dD, dz, dbias, before, scratch, b, l, e, n, *sizes, states.shape[1],
             *dy.stride()[:2], *x.stride()[:2], *dt.stride()[:2], *A.stride(), *B.stride()[:2], *C.stride()[:2],
             *_strides(z), *_strides(reset),

@@ -489,7 +489,7 @@ def _step_kernel(
 
 
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-_BACKWARD_WARPS = 8
+_BACKWARD_WARPS = 4
 _SEGMENT_CHUNKS = 64  # fewer than this in a segment of l are not worth the second pass over them
 
 
