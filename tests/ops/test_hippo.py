@@ -1,5 +1,10 @@
 """HiPPO remembers: a signal projected online comes back; its NPLR form is the matrix itself."""
 
+import contextlib
+import io
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 import scipy.linalg
@@ -117,3 +122,12 @@ def test_bad_measures_are_refused():
         hippo("lagt", 4)  # pyright: ignore[reportArgumentType]
     with pytest.raises(UsageError, match="at least 1, got 0"):
         nplr("legs", 0)
+
+
+def test_the_page_prints_what_it_says():
+    page = (Path(__file__).parents[2] / "docs" / "hippo.md").read_text()
+    (example,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    said = re.findall(r"^print\(.*\)  +# (.*)$", example, re.MULTILINE)
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        exec(compile(example, "hippo.md", "exec"), {})
+    assert printed.getvalue().splitlines() == said

@@ -73,11 +73,13 @@ def _groups(names: Iterable[str], rename: Rename) -> list[_Group]:
     return [_Group(layout, [name for _, name in sorted(held)]) for layout, held in found.values()]
 
 
-def to_ours(model: nn.Module, stored: Mapping[str, Stored], rename: Rename, where: str) -> dict[str, Stored]:
+def to_ours(
+    model: nn.Module, stored: Mapping[str, Stored], rename: Rename, where: str, *remedy: str
+) -> dict[str, Stored]:
     """The stored tensors under the names of `model`'s parameters, in their dtypes.
 
-    Every name and shape is checked first. Raises LongwaveError that lists the first ten that do not fit; on reading,
-    that a tensor is not floating-point.
+    Every name and shape is checked first. Raises LongwaveError that lists the first ten that do not fit, and ends with
+    `remedy` (as `check_shapes`); on reading, that a tensor is not floating-point.
     """
     parameters = dict(model.named_parameters())
     groups = _groups(parameters, rename)
@@ -85,7 +87,7 @@ def to_ours(model: nn.Module, stored: Mapping[str, Stored], rename: Rename, wher
     for layout, held in groups:
         packed = layout.pack([torch.empty(parameters[name].shape, device="meta") for name in held])
         expected |= {name: tuple(tensor.shape) for name, tensor in zip(layout.names, packed, strict=True)}
-    check_shapes(expected, {name: tensor.shape for name, tensor in stored.items()}, where)
+    check_shapes(expected, {name: tensor.shape for name, tensor in stored.items()}, where, *remedy)
     ours: dict[str, Stored] = {}
     for group in groups:
         likes = [parameters[name] for name in group.ours]

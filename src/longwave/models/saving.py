@@ -82,7 +82,12 @@ def open_safetensors(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
     return {name: stored(name) for name in handle.keys()}, handle.metadata() or {}  # noqa: SIM118 - no mapping
 
 
-def check_shapes(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], where: str) -> None:
+def check_shapes(
+    expected: Mapping[str, tuple[int, ...]],
+    found: Mapping[str, tuple[int, ...]],
+    where: str,
+    remedy: str = "Use the config.json that was saved with it",
+) -> None:
     """Raise LongwaveError that lists the first ten missing, extra and mis-shaped tensors of `where`."""
     wrong = [
         f"{name}: expected {list(shape)}, {f'found {list(found[name])}' if name in found else 'missing'}"
@@ -94,7 +99,7 @@ def check_shapes(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tu
         more = f"; and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
         raise LongwaveError(
             f"{where} does not fit its model: of its tensors, {len(wrong)} differ: {'; '.join(wrong[:SHOWN])}{more}. "
-            "Use the config.json that was saved with it"
+            f"{remedy}"
         )
 
 
