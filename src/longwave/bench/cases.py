@@ -16,6 +16,8 @@ from longwave.bench.calls import Inputs
 from longwave.bench.peers import OURS
 from longwave.ops.causal_conv1d import causal_conv1d_step
 from longwave.ops.causal_conv1d import samples as conv_samples
+from longwave.ops.diagonal_scan import diagonal_scan_step
+from longwave.ops.diagonal_scan import samples as diagonal_samples
 from longwave.ops.fft_conv import samples as fft_samples
 from longwave.ops.gated_rms_norm import samples as norm_samples
 from longwave.ops.linear_step import linear_step
@@ -26,6 +28,8 @@ from longwave.ops.selective_scan import samples as scan_samples
 from longwave.ops.selective_scan import selective_scan_step
 from longwave.ops.ssd import samples as ssd_samples
 from longwave.ops.ssd import ssd_step
+from longwave.ops.ssm_kernel import samples as kernel_samples
+from longwave.ops.ssm_kernel import vandermonde_kernel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +97,9 @@ _linear = {
     "copies": _LAYERS,
 }
 
+_DIAGONAL = {"b": 1, "e": 512, "n": 32}
+_SMALL_DIAGONAL = {"b": 1, "e": 24, "n": 4}
+
 _FILTER = {"b": 1, "e": 768, "D": True}
 _fft_conv = Case(
     full=_FILTER | {"l": 2048, "k": 2048},
@@ -157,6 +164,30 @@ CASES: dict[str, Case] = {
     ),
     "fft_conv": _fft_conv,
     "fft_conv_8192": replace(_fft_conv, full=_FILTER | {"l": 8192, "k": 8192}),
+    "diagonal_scan": Case(
+        full=_DIAGONAL | _LENGTH,
+        small=_SMALL_DIAGONAL | _SMALL_LENGTH,
+        make=diagonal_samples.make,
+        contenders={
+            OURS: _first(ops.diagonal_scan),
+            "torch loop": plain.diagonal_scan,
+            "reference": _first(ops.diagonal_scan, impl="reference"),
+        },
+        operations=lambda s: s["b"] * s["l"] * s["e"] * (22 * s["n"] + 2),  # an exponential counts as two
+        forward_only=("reference",),
+    ),
+    "ssm_kernel": Case(
+        full={"m": 1, "e": 1024, "n": 32, "l": 16384},  # S4's d_state of 64 is 32 conjugate pairs
+        small={"m": 1, "e": 24, "n": 4, "l": 300},
+        make=kernel_samples.make,
+        contenders={
+            OURS: vandermonde_kernel,
+            "torch product": plain.vandermonde_kernel,
+            "torch factored": plain.factored_vandermonde_kernel,
+        },
+        operations=lambda s: s["m"] * s["e"] * s["l"] * 4 * s["n"],
+        forward_only=("torch product",),  # its graph holds every exponential: 4 GB at full size
+    ),
     "gated_rms_norm": Case(
         full={"b": 1, "l": 2048, "e": 1536, "gate": True},
         small={"b": 1, "l": 40, "e": 64, "gate": True},
@@ -194,6 +225,15 @@ CASES: dict[str, Case] = {
         ),
         contenders={OURS: mamba3_scan_step, "torch": plain.mamba3_scan_step},
         operations=lambda s: _mamba3_operations(s | {"l": 1}),
+        backward=False,
+        copies=_LAYERS,
+    ),
+    "diagonal_scan_step": Case(
+        full=_DIAGONAL,
+        small=_SMALL_DIAGONAL,
+        make=_step_inputs(diagonal_samples.make, diagonal_samples.initial_state, ("u", "dt")),
+        contenders={OURS: diagonal_scan_step, "torch": plain.diagonal_scan_step},
+        operations=lambda s: s["b"] * s["e"] * (22 * s["n"] + 2),
         backward=False,
         copies=_LAYERS,
     ),

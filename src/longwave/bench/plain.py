@@ -44,6 +44,41 @@ def fft_conv(x: Tensor, kernel: Tensor, D: Tensor, transpose: bool = False, **_:
     return (y.transpose(1, 2) if transpose else y) + D * x
 
 
+def diagonal_scan(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, **_: Any) -> Tensor:
+    """Its zero-order hold, as a loop over time in complex numbers."""
+    A, B, C = (torch.view_as_complex(t) for t in (A, B, C))
+    state, ys = torch.zeros_like(A).expand(len(u), *A.shape), []
+    for u_t, dt_t in zip(u.unbind(1), dt.unbind(1), strict=True):
+        decay = torch.exp(dt_t[..., None] * A)  # (b, e, n)
+        state = decay * state + (decay - 1) / A * B * u_t[..., None]
+        ys.append(2 * (state * C).real.sum(-1))
+    return torch.stack(ys, dim=1) + D * u
+
+
+def diagonal_scan_step(
+    state: Tensor, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, **_: Any
+) -> Tensor:
+    A, B, C, h = (torch.view_as_complex(t) for t in (A, B, C, state))
+    decay = torch.exp(dt[..., None] * A)
+    h.mul_(decay).add_((decay - 1) / A * B * u[..., None])
+    return 2 * (h * C).real.sum(-1) + D * u
+
+
+def vandermonde_kernel(C: Tensor, dtA: Tensor, l: int) -> Tensor:
+    """The product as it is written, for 32 channels at a time: all exponentials of 1024 would take 4 GB."""
+    t, weights, modes = torch.arange(l), torch.view_as_complex(C), torch.view_as_complex(dtA)
+    blocks = zip(weights.split(32, 1), modes.split(32), strict=True)
+    return torch.cat([2 * torch.einsum("men,enl->mel", c, torch.exp(a[..., None] * t)).real for c, a in blocks], dim=1)
+
+
+def factored_vandermonde_kernel(C: Tensor, dtA: Tensor, l: int) -> Tensor:
+    """With t = 128 i + j: exponentials of 128 i and of j alone, and a batched product."""
+    weights, modes = torch.view_as_complex(C), torch.view_as_complex(dtA)[..., None]
+    coarse, fine = torch.exp(128 * modes * torch.arange(-(-l // 128))), torch.exp(modes * torch.arange(128))
+    K = 2 * torch.einsum("meni,enj->meij", weights[..., None] * coarse, fine).real
+    return K.flatten(2)[..., :l]
+
+
 def gated_rms_norm(x: Tensor, weight: Tensor, z: Tensor, eps: float, **_: Any) -> Tensor:
     return rms_norm(x * silu(z), (x.shape[-1],), weight, eps)
 
