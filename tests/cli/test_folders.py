@@ -140,6 +140,17 @@ def test_layers_of_layers_that_do_not_fit(pattern, message):
 
 
 @pytest.mark.parametrize("name", PRESETS)
+def test_inspect_every_preset(longwave, name):
+    text = longwave("inspect", name, "--dtype", "bfloat16", "--length", 4096).out
+    config = PRESETS[name]()
+    with torch.device("meta"):
+        model = lw.LanguageModel(config).bfloat16()
+    assert text.startswith(f"{name}: {pattern_of(config.layers)}\n")
+    assert f"{model.parameter_count():,} parameters" in text
+    assert text.split()[-1] == f"{model.state_bytes(4096) / 2**20:,.2f}"
+
+
+@pytest.mark.parametrize("name", PRESETS)
 def test_pattern_of_presets_is_short(name):
     layers = PRESETS[name]().layers
     assert len(pattern_of(layers)) < 100

@@ -101,6 +101,15 @@ class MoE(nn.Module):
     def _routed(self, tokens: Tensor, x: Tensor) -> Tensor:
         """sum_i w_i expert_i(x) over the experts chosen by `tokens` (m, d): x (m, d or d_latent) -> the same shape."""
         chosen, weights, _ = self.router(tokens)  # (m, k)
+        y = self._alone(x, chosen) if len(x) == 1 else self._sorted(x, chosen)  # (m, k, d)
+        return (y * weights[..., None]).sum(1).to(y.dtype)
+
+    def _alone(self, x: Tensor, chosen: Tensor) -> Tensor:
+        """What the chosen experts say of one token: nothing to sort, for decoding does this all the time."""
+        return torch.stack([self.experts[i](x) for i in chosen[0].tolist()], dim=1)
+
+    def _sorted(self, x: Tensor, chosen: Tensor) -> Tensor:
+        """What the chosen experts say of each token. Each expert runs once, on its tokens together."""
         k = self.config.top_k
         order = chosen.flatten().argsort(stable=True)  # (m k), by expert and then by token
         place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
@@ -108,8 +117,7 @@ class MoE(nn.Module):
         counts = chosen.flatten().bincount(minlength=len(self.experts)).tolist()
         pieces = zip(self.experts, rows.split(counts), strict=True)
         y = torch.cat([expert(piece) for expert, piece in pieces if len(piece)])
-        y = _Permute.apply(y, place, order).view(len(x), k, -1)
-        return (y * weights[..., None]).sum(1).to(y.dtype)
+        return _Permute.apply(y, place, order).view(len(x), k, -1)
 
     def flops(self, length: int) -> int:
         """Of the experts that work: top_k per token, and the shared one."""
