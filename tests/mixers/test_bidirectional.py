@@ -96,6 +96,14 @@ def test_every_token_sees_all_of_its_document_and_none_else():
     assert not x.grad[0, :4].any()
 
 
+def test_compiles_whole():
+    torch._dynamo.reset()
+    layer, x = Bidirectional(D, Bidirectional.Config(mixer=SMALL)), torch.randn(4, L, D)
+    given = {"reset": torch.rand(4, L) < 0.3, "lengths": LENGTHS}
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    assert_close(compiled(x, **given), layer(x, **given))
+
+
 def test_tied_directions_share_their_projections():
     untied, tied = (Bidirectional(D, Bidirectional.Config(mixer=SMALL, tied=tied)) for tied in (False, True))
 

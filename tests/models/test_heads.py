@@ -13,7 +13,7 @@ from torch.testing import assert_close
 from longwave.config import to_dict
 from longwave.errors import LongwaveError, UsageError
 from longwave.mixers import GRU, S4D, Bidirectional, Mamba2, SwiGLU
-from longwave.models import heads
+from longwave.models import heads, kinds
 from longwave.models.features import Features
 from longwave.models.heads import (
     CTC,
@@ -212,6 +212,8 @@ def test_folders(kind, tmp_path):
     settings = json.loads((tmp_path / "config.json").read_text())
     assert settings == json.loads(json.dumps(to_dict(model.config)))
     assert "lm_head" not in str(dict(model.named_parameters()).keys())
+    with pytest.raises(UsageError, match=rf"a {kind} is a head and writes no tokens; longwave\.models\.heads\.load"):
+        kinds.load(tmp_path)
     with pytest.raises(UsageError, match="unknown key 'poolin'"):
         type(model).Config.from_dict(settings | {"poolin": 1})
 

@@ -344,6 +344,16 @@ def test_meta_device_and_copies():
     assert not torch.equal(twin(samples())[0], model(samples())[0])
 
 
+def test_compiles_whole():
+    torch._dynamo.reset()
+    model, x = build("mamba2", pool=(3,), ff=0).float(), samples()
+    given = {"reset": torch.rand(B, L) < 0.2, "lengths": torch.tensor([30, 4, 17])}
+    compiled = torch.compile(model.loss, fullgraph=True, backend="aot_eager")
+    losses = [loss(x, x, **given) for loss in (compiled, model.loss)]
+    assert_close(*losses)
+    assert_close(*(torch.autograd.grad(loss, list(model.parameters())) for loss in losses), atol=1e-5, rtol=1e-4)
+
+
 @torch.no_grad()
 def test_bfloat16():
     model, x = build("gru").float(), samples()

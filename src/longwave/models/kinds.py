@@ -8,6 +8,7 @@ import torch
 
 from longwave.config import nearest
 from longwave.errors import UsageError
+from longwave.models.heads import HEADS
 from longwave.models.language_model import LanguageModel
 from longwave.models.sashimi import SaShiMi
 from longwave.models.saving import read_settings
@@ -37,6 +38,8 @@ def load(folder: str | Path, *, device: torch.device | str = "cpu") -> TokenMode
 
 def _model(settings: Any) -> type[TokenModel]:
     kind = settings.get("kind", LanguageModel.Config.kind) if isinstance(settings, Mapping) else None
+    if kind in HEADS:
+        raise UsageError(f"a {kind} is a head and writes no tokens; longwave.models.heads.load(folder) reads it")
     if kind not in TOKEN_MODELS:
         raise UsageError(f"config.json: {kind!r} is no kind of model.{nearest(str(kind), TOKEN_MODELS)}")
     return TOKEN_MODELS[kind]

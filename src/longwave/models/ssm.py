@@ -19,8 +19,8 @@ class SSM(Features):
         x = W_in x + b_in (if the sizes differ);  x = x + mixer_i(RMSNorm(x)) for each layer;  y = RMSNorm(x)
 
     input_size, hidden_size, num_layers, batch_first, dropout: as nn.GRU's; dropout falls on every layer's output but
-    the last one's. `mixer`: the kind of layer ("mamba2", "mamba", "attention", "lstm", "gru") with its defaults, or its
-    configuration, such as Mamba2.Config(d_state=64, d_head=16).
+    the last one's. `mixer`: the kind of layer ("mamba2", "s4d", "attention", "gru", ...: MIXERS lists them) with its
+    defaults, or its configuration, such as Mamba2.Config(d_state=64, d_head=16).
 
     `bidirectional`: every layer sees its whole sequence, x = x + mixer(x) + flip(reverse_mixer(flip(x))). Unlike
     nn.GRU's, y keeps hidden_size channels, not twice as many: each layer puts both directions into the one residual
