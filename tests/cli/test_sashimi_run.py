@@ -31,7 +31,7 @@ def test_from_a_configuration_to_text(longwave, corpus):
     assert longwave("generate", "runs/longwave", "state", "--max-tokens", 9, "--seed", 1).status == 0
     assert model.score("wave space").n_bytes == 10
     assert next(iter(lw.load("runs/longwave", dtype="bfloat16").model.parameters())).dtype == torch.bfloat16
-    with pytest.raises(UsageError, match="the mamba format has models of kind language_model, and this model has kind"):
+    with pytest.raises(UsageError, match="the mamba format has language models, and this model has kind"):
         export(model, "elsewhere", "mamba")
 
 

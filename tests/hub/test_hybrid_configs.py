@@ -127,6 +127,15 @@ def test_a_published_granite_configuration():
     assert FORMATS["granitemoehybrid"].config_to(config)["logits_scaling"] == 6
 
 
+@pytest.mark.parametrize("family", ["jamba", "bamba", "granitemoehybrid", "falcon_h1", "nemotron_h"])
+def test_null_key_value_heads_are_as_many_as_heads(family):
+    config = {"model_type": family, "num_attention_heads": 16, "num_key_value_heads": None, "attn_layer_indices": [0]}
+    config |= {"layer_types": ["full_attention"], "num_hidden_layers": 1} if family == "granitemoehybrid" else {}
+    layers = FORMATS[family].config_from(config).layers
+    parts = [part for layer in layers for part in getattr(layer, "mixers", (layer,))]
+    assert {part.n_kv_heads for part in parts if isinstance(part, Attention.Config)} == {16}
+
+
 @pytest.mark.parametrize("family", PUBLISHED)
 def test_there_and_back(family):
     config = FORMATS[family].config_from(PUBLISHED[family])

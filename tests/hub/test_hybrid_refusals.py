@@ -66,7 +66,7 @@ MOE = MoE.Config(expert=SQUARED, shared=SQUARED, router="sigmoid")
             (replace(BOTH, mixers=(replace(SSM, D_per_channel=True), ATTENTION)), SwiGLU.Config()),
             "D_per_ch",
         ),
-        ("nemotron_h", (ABOVE, GRU.Config()), "mamba2, attention, mlp or moe in each layer, and this model has GRU"),
+        ("nemotron_h", (ABOVE, GRU.Config()), "mamba2 or attention or mlp or moe here, and this model has GRU"),
         ("nemotron_h", (ABOVE, replace(ABOVE, d_state=4)), "mamba2 layers all alike"),
         ("nemotron_h", (SSM,), r"a dt_limit from above 0 to infinity, and this model has dt_limit=\(0.0, inf\)"),
         ("nemotron_h", (ATTENTION,), r"attention of rotary=0.0, and this model has rotary=1.0"),

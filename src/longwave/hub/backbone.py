@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from longwave.hub.settings import hold, inexpressible, refuse, refuse_unless, setting, size
+from longwave.hub.settings import TRANSFORMERS, check_architecture, hold, inexpressible, refuse_unless, setting, size
 from longwave.models.language_model import LanguageModel
 
 WEIGHTS = "model.safetensors"
@@ -11,20 +11,14 @@ ALIASES = {"backbone.embedding.weight": "backbone.embeddings.weight"}
 
 MixerConfig = TypeVar("MixerConfig")
 
-_SUPPORTED = {
-    "hidden_act": ("silu", "swish"),
-    "quantization_config": (None,),
-    "per_layer_config": (None,),
-}
+_SUPPORTED = TRANSFORMERS | {"hidden_act": ("silu", "swish")}
 
 
 def config_from(
     config: Mapping[str, Any], mixer: Any, architecture: str, defaults: Mapping[str, Any]
 ) -> LanguageModel.Config:
     """A model of `mixer` alone. `defaults` are those of the family."""
-    architectures = setting(config, "architectures", list, [architecture])
-    if architecture not in architectures:
-        refuse("architecture", ", ".join(map(str, architectures)), architecture)
+    check_architecture(config, architecture)
     refuse_unless(config, _SUPPORTED)
     return LanguageModel.Config(
         vocab_size=size(config, "vocab_size", defaults["vocab_size"]),

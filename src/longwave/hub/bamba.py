@@ -3,12 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
 from longwave.hub import hybrid
 from longwave.hub.hybrid import ALIASES, WEIGHTS
 from longwave.hub.keys import Rename
-from longwave.hub.settings import hold, refuse_unless, setting, size
+from longwave.hub.settings import check_architecture, hold, refuse_unless, setting, size
 from longwave.mixers.attention import Attention
 from longwave.mixers.channel import SwiGLU
 from longwave.mixers.mamba2 import Mamba2
@@ -24,13 +22,13 @@ def matches(config: Mapping[str, Any]) -> bool:
 
 
 def config_from(config: Mapping[str, Any]) -> LanguageModel.Config:
-    hybrid.check_architecture(config, ARCHITECTURE)
+    check_architecture(config, ARCHITECTURE)
     refuse_unless(config, hybrid.SUPPORTED)
     d_model = size(config, "hidden_size", 4096)
     ssm = Mamba2.Config(**hybrid.mamba2_from(config, size(config, "mamba_expand", 2) * d_model))
     rope = setting(config, "rope_parameters", dict, {})
     attention = Attention.Config(
-        **hybrid.attention_from(config, d_model, 32, 8), rotary=setting(rope, "partial_rotary_factor", float, 0.5)
+        **hybrid.attention_from(config, d_model), rotary=setting(rope, "partial_rotary_factor", float, 0.5)
     )
     mlp = SwiGLU.Config(d_inner=size(config, "intermediate_size", 14336), bias=setting(config, "mlp_bias", bool, False))
     attention_at = setting(config, "attn_layer_indices", list, [])
@@ -46,27 +44,17 @@ def config_from(config: Mapping[str, Any]) -> LanguageModel.Config:
 
 def config_to(model: LanguageModel.Config) -> dict[str, Any]:
     hold(MODEL_TYPE, model, hybrid.OUTER)
-    layers = hybrid.pairs(model, MODEL_TYPE)
-    mixers, channels = zip(*layers, strict=True)
+    mixers, channels = zip(*hybrid.pairs(model, MODEL_TYPE), strict=True)
     ssm, attention = hybrid.one_of_each(mixers, (Mamba2.Config, Attention.Config), MODEL_TYPE)
     (mlp,) = hybrid.one_of_each(channels, (SwiGLU.Config,), MODEL_TYPE)
     hold(MODEL_TYPE, mlp, "d_inner bias")
     attention = attention or Attention.Config(n_heads=1, rotary=0.5)
     written = hybrid.attention_to(model, attention, MODEL_TYPE, "rotary")
     written["rope_parameters"] |= {"partial_rotary_factor": attention.rotary}
-    with torch.device("meta"):
-        d_mlp = SwiGLU(model.d_model, mlp).d_inner
     return {
-        "model_type": MODEL_TYPE,
-        "architectures": [ARCHITECTURE],
-        "vocab_size": model.vocab_size,
-        "hidden_size": model.d_model,
-        "num_hidden_layers": len(layers),
-        "rms_norm_eps": model.norm_eps,
-        "tie_word_embeddings": model.tie_embeddings,
-        "hidden_act": "silu",
+        **hybrid.outer_to(model, MODEL_TYPE, ARCHITECTURE),
         "attn_layer_indices": [i for i, mixer in enumerate(mixers) if mixer == attention],
-        "intermediate_size": d_mlp,
+        "intermediate_size": mlp.width(model.d_model),
         "mlp_bias": mlp.bias,
         **hybrid.mamba2_to(model, ssm or Mamba2.Config(norm_eps=model.norm_eps), MODEL_TYPE),
         **written,

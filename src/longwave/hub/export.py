@@ -13,6 +13,7 @@ from longwave.hub import FORMATS
 from longwave.hub.folder import WEIGHT_FILES
 from longwave.hub.keys import to_published
 from longwave.hub.settings import inexpressible
+from longwave.models.language_model import LanguageModel
 from longwave.models.saving import first_line, replacing, write_safetensors, write_text
 from longwave.models.token_model import TokenModel
 from longwave.tasks.tokenizer import Tokenizer
@@ -29,8 +30,8 @@ def export(model: TextModel | TokenModel, folder: str | Path, format: str) -> No
         raise UsageError(f"unknown format {format!r}.{nearest(format, FORMATS)}")
     family = FORMATS[format]
     model, tokenizer = (model.model, model.tokenizer) if isinstance(model, TextModel) else (model, None)
-    if model.config.kind != (kind := getattr(family, "KIND", "language_model")):
-        inexpressible(format, f"models of kind {kind}", f"kind {model.config.kind}")
+    if not isinstance(model.config, LanguageModel.Config):
+        inexpressible(format, "language models", f"kind {model.config.kind!r}")
     config, rename = family.config_to(model.config), family.rename(model.config)
     if "model_type" in config:
         config |= _for_transformers(model, tokenizer)

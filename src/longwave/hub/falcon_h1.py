@@ -3,12 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
 from longwave.hub import hybrid
 from longwave.hub.hybrid import ALIASES, WEIGHTS
 from longwave.hub.keys import Rename
-from longwave.hub.settings import hold, inexpressible, numbers, refuse, refuse_unless, setting, size
+from longwave.hub.settings import check_architecture, hold, inexpressible, numbers, refuse, refuse_unless, setting, size
 from longwave.mixers.attention import Attention
 from longwave.mixers.channel import SwiGLU
 from longwave.mixers.mamba2 import Mamba2
@@ -26,10 +24,10 @@ def matches(config: Mapping[str, Any]) -> bool:
 
 
 def config_from(config: Mapping[str, Any]) -> LanguageModel.Config:
-    hybrid.check_architecture(config, ARCHITECTURE)
+    check_architecture(config, ARCHITECTURE)
     refuse_unless(config, hybrid.SUPPORTED)
     d_model = size(config, "hidden_size", 4096)
-    ssm, attention = _ssm_from(config, d_model), hybrid.attention_from(config, d_model, 32, 8)
+    ssm, attention = _ssm_from(config, d_model), hybrid.attention_from(config, d_model)
     gate, down = numbers(config, "mlp_multipliers", (1.0, 1.0), "two numbers, of the gate and of the output")
     parallel = Parallel.Config(
         mixers=(ssm, Attention.Config(**attention, key_multiplier=_factor(config, "key_multiplier"))),
@@ -63,18 +61,9 @@ def config_to(model: LanguageModel.Config) -> dict[str, Any]:
         inexpressible(MODEL_TYPE, "mamba2 parallel to attention", parallel)
     ssm, attention = parallel.mixers
     hold(MODEL_TYPE, mlp, "d_inner gate_multiplier down_multiplier bias")
-    with torch.device("meta"):
-        d_mlp = SwiGLU(model.d_model, mlp).d_inner
     ins, outs = parallel.in_multipliers or ONES, parallel.out_multipliers or ONES
     return {
-        "model_type": MODEL_TYPE,
-        "architectures": [ARCHITECTURE],
-        "vocab_size": model.vocab_size,
-        "hidden_size": model.d_model,
-        "num_hidden_layers": len(layers),
-        "rms_norm_eps": model.norm_eps,
-        "tie_word_embeddings": model.tie_embeddings,
-        "hidden_act": "silu",
+        **hybrid.outer_to(model, MODEL_TYPE, ARCHITECTURE),
         "embedding_multiplier": model.embedding_multiplier,
         "lm_head_multiplier": model.logits_multiplier,
         **hybrid.mamba2_to(model, ssm, MODEL_TYPE, "norm norm_before_gate in_multipliers"),
@@ -89,7 +78,7 @@ def config_to(model: LanguageModel.Config) -> dict[str, Any]:
         "attention_in_multiplier": ins[1],
         "attention_out_multiplier": outs[1],
         "key_multiplier": attention.key_multiplier,
-        "intermediate_size": d_mlp,
+        "intermediate_size": mlp.width(model.d_model),
         "mlp_bias": mlp.bias,
         "mlp_multipliers": [mlp.gate_multiplier, mlp.down_multiplier],
     }

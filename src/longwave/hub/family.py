@@ -10,14 +10,11 @@ Aliases = Mapping[str, str | None]
 
 
 class Family(Protocol):
-    """A published model family: how its config.json and its tensor names read in longwave's terms, and back.
-
-    A family of other models than language models names their kind in KIND.
-    """
+    """A published model family: how its config.json and its tensor names read in longwave's terms, and back."""
 
     @property
     def WEIGHTS(self) -> str:
-        """The file that export writes: model.safetensors or pytorch_model.bin."""
+        """The file that export writes, one of `hub.folder.WEIGHT_FILES`."""
         ...
 
     @property

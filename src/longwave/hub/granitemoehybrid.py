@@ -3,13 +3,11 @@
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
 from longwave.errors import UsageError
 from longwave.hub import hybrid
 from longwave.hub.hybrid import ALIASES, WEIGHTS
 from longwave.hub.keys import Rename, stacked
-from longwave.hub.settings import hold, inexpressible, refuse, refuse_unless, setting, size
+from longwave.hub.settings import check_architecture, hold, inexpressible, refuse, refuse_unless, setting, size
 from longwave.mixers.attention import Attention
 from longwave.mixers.channel import SwiGLU
 from longwave.mixers.mamba2 import Mamba2
@@ -32,14 +30,14 @@ def matches(config: Mapping[str, Any]) -> bool:
 
 
 def config_from(config: Mapping[str, Any]) -> LanguageModel.Config:
-    hybrid.check_architecture(config, ARCHITECTURE)
+    check_architecture(config, ARCHITECTURE)
     refuse_unless(config, _SUPPORTED)
     eps = setting(config, "rms_norm_eps", float, 1e-6)
     d_model = size(config, "hidden_size", 4096)
     mixers = {
         "mamba": Mamba2.Config(**hybrid.mamba2_from(config, size(config, "mamba_expand", 2) * d_model, eps)),
         "attention": Attention.Config(
-            **hybrid.attention_from(config, d_model, 32, None),
+            **hybrid.attention_from(config, d_model, None),
             rotary=1.0 if config.get("position_embedding_type") == "rope" else 0.0,
             scale=setting(config, "attention_multiplier", float, 1.0),
         ),
@@ -61,22 +59,14 @@ def config_from(config: Mapping[str, Any]) -> LanguageModel.Config:
 
 def config_to(model: LanguageModel.Config) -> dict[str, Any]:
     hold(MODEL_TYPE, model, f"{hybrid.OUTER} embedding_multiplier residual_multiplier logits_multiplier")
-    layers = hybrid.pairs(model, MODEL_TYPE)
-    mixers, channels = zip(*layers, strict=True)
+    mixers, channels = zip(*hybrid.pairs(model, MODEL_TYPE), strict=True)
     ssm, attention = hybrid.one_of_each(mixers, (Mamba2.Config, Attention.Config), MODEL_TYPE)
     mlp, moe = hybrid.one_of_each(channels, (SwiGLU.Config, MoE.Config), MODEL_TYPE)
     if mlp and moe:
         inexpressible(MODEL_TYPE, "experts in every layer or in none", "both")
     return {
-        "model_type": MODEL_TYPE,
-        "architectures": [ARCHITECTURE],
-        "vocab_size": model.vocab_size,
-        "hidden_size": model.d_model,
-        "num_hidden_layers": len(layers),
+        **hybrid.outer_to(model, MODEL_TYPE, ARCHITECTURE),
         "layer_types": ["full_attention" if mixer == attention else "linear_attention" for mixer in mixers],
-        "rms_norm_eps": model.norm_eps,
-        "tie_word_embeddings": model.tie_embeddings,
-        "hidden_act": "silu",
         "embedding_multiplier": model.embedding_multiplier,
         "residual_multiplier": model.residual_multiplier,
         "logits_scaling": 1 / model.logits_multiplier,
@@ -154,8 +144,7 @@ def _width(model: LanguageModel.Config, mlp: Any) -> int:
     if not isinstance(mlp, SwiGLU.Config):
         inexpressible(MODEL_TYPE, "swiglu experts and a shared one", mlp)
     hold(MODEL_TYPE, mlp, "d_inner")
-    with torch.device("meta"):
-        return SwiGLU(model.d_model, mlp).d_inner
+    return mlp.width(model.d_model)
 
 
 def _attention_to(model: LanguageModel.Config, mixer: Attention.Config) -> dict[str, Any]:

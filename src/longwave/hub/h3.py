@@ -172,7 +172,7 @@ def config_to(model: LanguageModel.Config) -> dict[str, Any]:
     return {
         "d_model": model.d_model,
         "n_layer": len(pairs),
-        "d_inner": mlp.d_inner or 4 * model.d_model,
+        "d_inner": mlp.width(model.d_model),
         "vocab_size": model.vocab_size,
         "ssm_cfg": ssm_cfg or {},
         "attn_layer_idx": [i for i, (mixer, _) in enumerate(pairs) if mixer == attention],

@@ -11,7 +11,7 @@ import torch
 
 from longwave.errors import UsageError
 from longwave.hub.keys import Layout
-from longwave.hub.settings import hold, inexpressible, limits, refuse, rotary_base, setting, size
+from longwave.hub.settings import TRANSFORMERS, hold, inexpressible, limits, one_norm_eps, rotary_base, setting, size
 from longwave.mixers.attention import Attention
 from longwave.mixers.mamba2 import Mamba2
 from longwave.models.language_model import LanguageModel
@@ -22,14 +22,21 @@ ALIASES: dict[str, str] = {}
 OUTER = "vocab_size d_model layers norm_eps tie_embeddings"
 """What every one of them says of the model around its layers."""
 
-SUPPORTED = {"hidden_act": ("silu", "swish"), "quantization_config": (None,), "per_layer_config": (None,)}
+SUPPORTED = TRANSFORMERS | {"hidden_act": ("silu", "swish")}
 
 
-def check_architecture(config: Mapping[str, Any], architecture: str) -> None:
-    """Raise UsageError for a head other than the language model's."""
-    architectures = setting(config, "architectures", list, [architecture])
-    if architecture not in architectures:
-        refuse("architecture", ", ".join(map(str, architectures)), architecture)
+def outer_to(model: LanguageModel.Config, model_type: str, architecture: str) -> dict[str, Any]:
+    """What the families with gated MLPs say of the model around its layers."""
+    return {
+        "model_type": model_type,
+        "architectures": [architecture],
+        "vocab_size": model.vocab_size,
+        "hidden_size": model.d_model,
+        "num_hidden_layers": len(model.layers) // 2,
+        "rms_norm_eps": model.norm_eps,
+        "tie_word_embeddings": model.tie_embeddings,
+        "hidden_act": "silu",
+    }
 
 
 def pairs(model: LanguageModel.Config, family: str) -> list[tuple[Any, Any]]:
@@ -99,8 +106,7 @@ def mamba2_to(model: LanguageModel.Config, mixer: Mamba2.Config, family: str, wo
     """`words`: fields that the family has beside those named here."""
     d_inner = mixer.d_inner or mixer.expand * model.d_model
     hold(family, mixer, f"d_state d_conv expand d_inner d_head n_groups dt_limit norm_eps bias conv_bias {words}")
-    if mixer.norm_eps != model.norm_eps:
-        inexpressible(family, "one norm_eps", f"{model.norm_eps}, and {mixer.norm_eps} in its mixers")
+    one_norm_eps(family, model, mixer)
     return {
         "mamba_n_heads": d_inner // mixer.d_head,
         "mamba_d_head": mixer.d_head,
@@ -122,18 +128,37 @@ def least_dt(mixer: Mamba2.Config, family: str) -> float:
     return low
 
 
-def attention_from(config: Mapping[str, Any], d_model: int, n_heads: int, n_kv_heads: int | None) -> dict[str, Any]:
-    """Fields of Attention.Config. `n_heads` and `n_kv_heads` are the family's defaults."""
-    n_heads = size(config, "num_attention_heads", n_heads)
-    bias = setting(config, "attention_bias", bool, False)
+def heads_from(
+    config: Mapping[str, Any], d_model: int, n_kv_heads: int | None = 8, d_head: int | None = None
+) -> dict[str, Any]:
+    """The sizes in Attention.Config. `n_kv_heads` and `d_head` are the family's defaults.
+
+    transformers takes n_kv_heads for n_heads where config.json says null, and by default where the family says None.
+    """
+    n_heads = size(config, "num_attention_heads", 32)
+    usual = n_heads if n_kv_heads is None or "num_key_value_heads" in config else n_kv_heads
     return {
         "n_heads": n_heads,
-        "n_kv_heads": size(config, "num_key_value_heads", n_kv_heads or n_heads),
-        "d_head": size(config, "head_dim", d_model // n_heads),
-        "rotary_base": rotary_base(config),
-        "qkv_bias": bias,
-        "out_bias": bias,
+        "n_kv_heads": size(config, "num_key_value_heads", usual),
+        "d_head": size(config, "head_dim", d_head or d_model // n_heads),
     }
+
+
+def heads_to(model: LanguageModel.Config, mixer: Attention.Config) -> dict[str, Any]:
+    with torch.device("meta"):
+        sizes = Attention(model.d_model, mixer)
+    return {
+        "num_attention_heads": sizes.n_heads,
+        "num_key_value_heads": sizes.n_kv_heads,
+        "head_dim": sizes.d_head,
+    }
+
+
+def attention_from(config: Mapping[str, Any], d_model: int, n_kv_heads: int | None = 8) -> dict[str, Any]:
+    """Fields of Attention.Config; `n_kv_heads` as `heads_from` has it."""
+    bias = setting(config, "attention_bias", bool, False)
+    heads = heads_from(config, d_model, n_kv_heads)
+    return heads | {"rotary_base": rotary_base(config), "qkv_bias": bias, "out_bias": bias}
 
 
 def attention_to(model: LanguageModel.Config, mixer: Attention.Config, family: str, words: str = "") -> dict[str, Any]:
@@ -141,12 +166,15 @@ def attention_to(model: LanguageModel.Config, mixer: Attention.Config, family: s
     hold(family, mixer, f"n_heads n_kv_heads d_head rotary_base qkv_bias out_bias {words}")
     if mixer.qkv_bias != mixer.out_bias:
         inexpressible(family, "qkv_bias and out_bias alike", f"{mixer.qkv_bias} and {mixer.out_bias}")
-    with torch.device("meta"):
-        sizes = Attention(model.d_model, mixer)
-    return {
-        "num_attention_heads": sizes.n_heads,
-        "num_key_value_heads": sizes.n_kv_heads,
-        "head_dim": sizes.d_head,
+    return heads_to(model, mixer) | {
         "rope_parameters": {"rope_type": "default", "rope_theta": mixer.rotary_base},
         "attention_bias": mixer.qkv_bias,
     }
+
+
+def unturned_to(model: LanguageModel.Config, mixer: Attention.Config, family: str) -> dict[str, Any]:
+    """Of families whose attention has neither positions nor bias."""
+    hold(family, mixer, "n_heads n_kv_heads d_head rotary rotary_base")
+    if mixer.rotary:
+        inexpressible(family, "attention of rotary=0.0", f"rotary={mixer.rotary}")
+    return heads_to(model, mixer)

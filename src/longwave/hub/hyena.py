@@ -122,7 +122,7 @@ def config_to(model: LanguageModel.Config) -> dict[str, Any]:
         "_name_": "lm",
         "d_model": model.d_model,
         "n_layer": len(pairs),
-        "d_inner": mlp.d_inner or 4 * model.d_model,
+        "d_inner": mlp.width(model.d_model),
         "vocab_size": model.vocab_size,
         "layer": {
             "_name_": FAMILY,

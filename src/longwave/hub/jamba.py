@@ -3,13 +3,11 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
-
 from longwave.errors import UsageError
 from longwave.hub import hybrid
 from longwave.hub.hybrid import ALIASES, WEIGHTS
 from longwave.hub.keys import Rename
-from longwave.hub.settings import hold, inexpressible, refuse_unless, setting, size
+from longwave.hub.settings import check_architecture, expansion, hold, inexpressible, refuse_unless, setting, size
 from longwave.mixers.attention import Attention
 from longwave.mixers.channel import SwiGLU
 from longwave.mixers.mamba import Mamba
@@ -28,10 +26,10 @@ def matches(config: Mapping[str, Any]) -> bool:
 
 
 def config_from(config: Mapping[str, Any]) -> LanguageModel.Config:
-    hybrid.check_architecture(config, ARCHITECTURE)
+    check_architecture(config, ARCHITECTURE)
     refuse_unless(config, _SUPPORTED)
     d_model, eps = size(config, "hidden_size", 4096), setting(config, "rms_norm_eps", float, 1e-6)
-    ssm, attention = _ssm_from(config, eps), _attention_from(config, d_model)
+    ssm, attention = _ssm_from(config, eps), Attention.Config(**hybrid.heads_from(config, d_model), rotary=0.0)
     mlp = SwiGLU.Config(d_inner=size(config, "intermediate_size", 14336))
     n_experts = size(config, "num_experts", 16)
     top_k = size(config, "num_experts_per_tok", 2)
@@ -50,23 +48,15 @@ def config_from(config: Mapping[str, Any]) -> LanguageModel.Config:
 
 def config_to(model: LanguageModel.Config) -> dict[str, Any]:
     hold(MODEL_TYPE, model, hybrid.OUTER)
-    layers = hybrid.pairs(model, MODEL_TYPE)
-    mixers, channels = zip(*layers, strict=True)
+    mixers, channels = zip(*hybrid.pairs(model, MODEL_TYPE), strict=True)
     ssm, attention = hybrid.one_of_each(mixers, (Mamba.Config, Attention.Config), MODEL_TYPE)
     mlp, moe = hybrid.one_of_each(channels, (SwiGLU.Config, MoE.Config), MODEL_TYPE)
     return {
-        "model_type": MODEL_TYPE,
-        "architectures": [ARCHITECTURE],
-        "vocab_size": model.vocab_size,
-        "hidden_size": model.d_model,
-        "num_hidden_layers": len(layers),
-        "rms_norm_eps": model.norm_eps,
-        "tie_word_embeddings": model.tie_embeddings,
-        "hidden_act": "silu",
+        **hybrid.outer_to(model, MODEL_TYPE, ARCHITECTURE),
         **_period("attn_layer", [mixer == attention for mixer in mixers]),
         **_period("expert_layer", [channel == moe for channel in channels]),
         **_ssm_to(model, ssm or Mamba.Config(inner_norm="learned", inner_norm_eps=model.norm_eps)),
-        **_attention_to(model, attention or Attention.Config(n_heads=1, rotary=0.0)),
+        **hybrid.unturned_to(model, attention or Attention.Config(n_heads=1, rotary=0.0), MODEL_TYPE),
         **_channels_to(model, mlp, moe),
     }
 
@@ -117,39 +107,13 @@ def _ssm_to(model: LanguageModel.Config, mixer: Mamba.Config) -> dict[str, Any]:
     if mixer.inner_norm != "learned" or mixer.inner_norm_eps != model.norm_eps:
         given = f"inner_norm={mixer.inner_norm!r}, inner_norm_eps={mixer.inner_norm_eps}"
         inexpressible(MODEL_TYPE, f"inner_norm='learned', inner_norm_eps={model.norm_eps}", given)
-    d_inner = mixer.d_inner or mixer.expand * model.d_model
-    if d_inner % model.d_model:
-        inexpressible(MODEL_TYPE, f"d_inner a multiple of d_model={model.d_model}", f"d_inner={d_inner}")
     return {
         "mamba_d_state": mixer.d_state,
         "mamba_d_conv": mixer.d_conv,
-        "mamba_expand": d_inner // model.d_model,
+        "mamba_expand": expansion(MODEL_TYPE, mixer, model.d_model),
         "mamba_dt_rank": mixer.dt_rank,
         "mamba_proj_bias": mixer.bias,
         "mamba_conv_bias": mixer.conv_bias,
-    }
-
-
-def _attention_from(config: Mapping[str, Any], d_model: int) -> Attention.Config:
-    n_heads = size(config, "num_attention_heads", 32)
-    return Attention.Config(
-        n_heads=n_heads,
-        n_kv_heads=size(config, "num_key_value_heads", n_heads if "num_key_value_heads" in config else 8),
-        d_head=size(config, "head_dim", d_model // n_heads),
-        rotary=0.0,
-    )
-
-
-def _attention_to(model: LanguageModel.Config, mixer: Attention.Config) -> dict[str, Any]:
-    hold(MODEL_TYPE, mixer, "n_heads n_kv_heads d_head rotary rotary_base")
-    if mixer.rotary:
-        inexpressible(MODEL_TYPE, "attention of rotary=0.0", f"rotary={mixer.rotary}")
-    with torch.device("meta"):
-        sizes = Attention(model.d_model, mixer)
-    return {
-        "num_attention_heads": sizes.n_heads,
-        "num_key_value_heads": sizes.n_kv_heads,
-        "head_dim": sizes.d_head,
     }
 
 
@@ -162,7 +126,5 @@ def _channels_to(model: LanguageModel.Config, mlp: SwiGLU.Config | None, moe: Mo
     if not isinstance(one, SwiGLU.Config):
         inexpressible(MODEL_TYPE, "experts of kind swiglu", one)
     hold(MODEL_TYPE, one, "d_inner")
-    with torch.device("meta"):
-        d_inner = SwiGLU(model.d_model, one).d_inner
     experts = {"num_experts": moe.n_experts, "num_experts_per_tok": moe.top_k} if moe else {"num_experts": 1}
-    return {"intermediate_size": d_inner, **experts}
+    return {"intermediate_size": one.width(model.d_model), **experts}

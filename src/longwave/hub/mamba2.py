@@ -6,7 +6,7 @@ from typing import Any
 from longwave.errors import UsageError
 from longwave.hub import backbone
 from longwave.hub.backbone import ALIASES, WEIGHTS, rename
-from longwave.hub.settings import hold, inexpressible, limits, setting, size
+from longwave.hub.settings import expansion, hold, limits, one_norm_eps, setting, size
 from longwave.mixers.mamba2 import Mamba2
 from longwave.models.language_model import LanguageModel
 
@@ -47,18 +47,15 @@ def config_from(config: Mapping[str, Any]) -> LanguageModel.Config:
 
 def config_to(model: LanguageModel.Config) -> dict[str, Any]:
     mixer = backbone.only_mixer(model, Mamba2.Config, MODEL_TYPE)
-    d_inner = mixer.d_inner or mixer.expand * model.d_model
-    if d_inner % model.d_model:
-        inexpressible(MODEL_TYPE, f"d_inner a multiple of d_model={model.d_model}", f"d_inner={d_inner}")
+    expand = expansion(MODEL_TYPE, mixer, model.d_model)
     hold(MODEL_TYPE, mixer, "d_state d_conv expand d_inner d_head n_groups dt_limit norm_eps bias conv_bias")
-    if mixer.norm_eps != model.norm_eps:
-        inexpressible(MODEL_TYPE, "one norm_eps", f"{model.norm_eps}, and {mixer.norm_eps} in its mixers")
+    one_norm_eps(MODEL_TYPE, model, mixer)
     return backbone.config_to(model, MODEL_TYPE, ARCHITECTURE) | {
         "state_size": mixer.d_state,
         "conv_kernel": mixer.d_conv,
-        "expand": d_inner // model.d_model,
+        "expand": expand,
         "head_dim": mixer.d_head,
-        "num_heads": d_inner // mixer.d_head,
+        "num_heads": expand * model.d_model // mixer.d_head,
         "n_groups": mixer.n_groups,
         "time_step_min": mixer.dt_min,
         "time_step_max": mixer.dt_max,

@@ -4,11 +4,20 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
 from longwave.errors import UsageError
-from longwave.hub.hybrid import ALIASES, WEIGHTS, check_architecture, least_dt
-from longwave.hub.settings import hold, inexpressible, limits, refuse, refuse_unless, setting, size
+from longwave.hub.hybrid import ALIASES, WEIGHTS, heads_from, least_dt, one_of_each, unturned_to
+from longwave.hub.settings import (
+    TRANSFORMERS,
+    check_architecture,
+    hold,
+    inexpressible,
+    limits,
+    one_norm_eps,
+    refuse,
+    refuse_unless,
+    setting,
+    size,
+)
 from longwave.mixers.attention import Attention
 from longwave.mixers.channel import MLP
 from longwave.mixers.mamba2 import Mamba2
@@ -32,14 +41,12 @@ OTHER_KEYS = {
     "mamba_conv_bias": "use_conv_bias",
 }
 
-_SUPPORTED = {
+_SUPPORTED = TRANSFORMERS | {
     "mamba_hidden_act": ("silu", "swish"),
     "mlp_hidden_act": ("relu2",),
     "attention_bias": (False,),
     "sliding_window": (None,),
     "num_nextn_predict_layers": (0, None),
-    "quantization_config": (None,),
-    "per_layer_config": (None,),
 }
 
 
@@ -66,12 +73,7 @@ def config_from(config: Mapping[str, Any]) -> LanguageModel.Config:
 
 def config_to(model: LanguageModel.Config) -> dict[str, Any]:
     hold(MODEL_TYPE, model, "vocab_size d_model layers norm_eps tie_embeddings residual_fp32")
-    kinds = {type(layer): layer for layer in model.layers}
-    for layer in model.layers:
-        if type(layer) not in NAMES:
-            inexpressible(MODEL_TYPE, "mamba2, attention, mlp or moe in each layer", layer)
-        if layer != kinds[type(layer)]:
-            inexpressible(MODEL_TYPE, f"{layer.kind} layers all alike", f"{layer} and {kinds[type(layer)]}")
+    layers = filter(None, one_of_each(model.layers, tuple(NAMES), MODEL_TYPE))
     makers = {Mamba2.Config: _ssm_to, Attention.Config: _attention_to, MLP.Config: _mlp_to, MoE.Config: _moe_to}
     config = {
         "model_type": MODEL_TYPE,
@@ -83,8 +85,8 @@ def config_to(model: LanguageModel.Config) -> dict[str, Any]:
         "tie_word_embeddings": model.tie_embeddings,
         "residual_in_fp32": model.residual_fp32,
     }
-    for kind, layer in kinds.items():
-        written = makers[kind](model, layer)
+    for layer in layers:
+        written = makers[type(layer)](model, layer)
         if config.get("mlp_bias", written.get("mlp_bias")) != written.get("mlp_bias", config.get("mlp_bias")):
             inexpressible(MODEL_TYPE, "one bias for mlp and the shared expert", "two")
         config |= written
@@ -148,8 +150,7 @@ def _ssm_from(config: Mapping[str, Any]) -> Mamba2.Config:
 
 def _ssm_to(model: LanguageModel.Config, mixer: Mamba2.Config) -> dict[str, Any]:
     hold(MODEL_TYPE, mixer, "d_state d_conv expand d_inner d_head n_groups dt_limit norm_eps bias conv_bias")
-    if mixer.norm_eps != model.norm_eps:
-        inexpressible(MODEL_TYPE, "one norm_eps", f"{model.norm_eps}, and {mixer.norm_eps} in its mixers")
+    one_norm_eps(MODEL_TYPE, model, mixer)
     return {
         "ssm_state_size": mixer.d_state,
         "conv_kernel": mixer.d_conv,
@@ -165,26 +166,11 @@ def _ssm_to(model: LanguageModel.Config, mixer: Mamba2.Config) -> dict[str, Any]
 
 
 def _attention_from(config: Mapping[str, Any]) -> Attention.Config:
-    n_heads = size(config, "num_attention_heads", 32)
-    return Attention.Config(
-        n_heads=n_heads,
-        n_kv_heads=size(config, "num_key_value_heads", n_heads if "num_key_value_heads" in config else 8),
-        d_head=size(config, "head_dim", 128),
-        rotary=0.0,
-    )
+    return Attention.Config(**heads_from(config, size(config, "hidden_size", 4096), d_head=128), rotary=0.0)
 
 
 def _attention_to(model: LanguageModel.Config, mixer: Attention.Config) -> dict[str, Any]:
-    hold(MODEL_TYPE, mixer, "n_heads n_kv_heads d_head rotary rotary_base")
-    if mixer.rotary:
-        inexpressible(MODEL_TYPE, "attention of rotary=0.0", f"rotary={mixer.rotary}")
-    with torch.device("meta"):
-        sizes = Attention(model.d_model, mixer)
-    return {
-        "num_attention_heads": sizes.n_heads,
-        "num_key_value_heads": sizes.n_kv_heads,
-        "head_dim": sizes.d_head,
-    }
+    return unturned_to(model, mixer, MODEL_TYPE)
 
 
 def _mlp_from(config: Mapping[str, Any]) -> MLP.Config:
@@ -242,4 +228,4 @@ def _squared(d_inner: int, bias: bool) -> MLP.Config:
 def _width(model: LanguageModel.Config, mlp: MLP.Config, d_model: int | None = None) -> int:
     if mlp.activation != "relu2":
         inexpressible(MODEL_TYPE, "activation='relu2'", f"activation={mlp.activation!r}")
-    return mlp.d_inner or 4 * (d_model or model.d_model)
+    return mlp.width(d_model or model.d_model)

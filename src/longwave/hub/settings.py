@@ -11,6 +11,9 @@ from longwave.errors import UsageError
 T = TypeVar("T")
 
 OWN_FORMAT = "model.save(folder) keeps every model"
+TRANSFORMERS: dict[str, tuple[Any, ...]] = {"quantization_config": (None,), "per_layer_config": (None,)}
+"""For `refuse_unless`: what any of transformers' config.json may have and longwave lacks."""
+
 IMMATERIAL = " A_min A_max dt_min dt_max dt_init_floor init_std chunk_len"
 
 
@@ -70,6 +73,13 @@ def refuse_unless(config: Mapping[str, Any], supported: Mapping[str, tuple[Any, 
             refuse(where + key, config[key], " or ".join(map(repr, values)))
 
 
+def check_architecture(config: Mapping[str, Any], architecture: str) -> None:
+    """Raise UsageError for a head other than the language model's."""
+    architectures = setting(config, "architectures", list, [architecture])
+    if architecture not in architectures:
+        refuse("architecture", ", ".join(map(str, architectures)), architecture)
+
+
 def refuse_unknown(config: Mapping[str, Any], known: str, where: str) -> None:
     """Raise UsageError on a key that is not a word of `known`: it may change what the model computes."""
     for key in config:
@@ -87,6 +97,20 @@ def hold(family: str, config: Any, words: str) -> None:
         if field.name not in (words + IMMATERIAL).split() and value != field.default:
             given = f"{field.name}={value!r}"
             inexpressible(family, f"a {config.kind} of {field.name}={field.default!r}", given)
+
+
+def expansion(family: str, mixer: Any, d_model: int) -> int:
+    """The inner width of a mixer over `d_model`. Raises UsageError unless that is whole."""
+    d_inner = mixer.d_inner or mixer.expand * d_model
+    if d_inner % d_model:
+        inexpressible(family, f"d_inner a multiple of d_model={d_model}", f"d_inner={d_inner}")
+    return d_inner // d_model
+
+
+def one_norm_eps(family: str, model: Any, mixer: Any) -> None:
+    """Raise UsageError unless the norms in the mixers have the eps of those around them."""
+    if mixer.norm_eps != model.norm_eps:
+        inexpressible(family, "one norm_eps", f"{model.norm_eps}, and {mixer.norm_eps} in its mixers")
 
 
 def inexpressible(family: str, holds: str, value: Any) -> NoReturn:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from longwave.hub.settings import (
+    expansion,
     hold,
     inexpressible,
     limits,
@@ -62,7 +63,7 @@ ATTENTION_OPTIONS = (
 
 
 def matches(config: Mapping[str, Any]) -> bool:
-    return "model_type" not in config and {"d_model", "n_layer"} <= set(config) and "d_inner" not in config
+    return {"d_model", "n_layer"} <= set(config) and not {"model_type", "d_inner", "layer"} & set(config)
 
 
 def config_from(config: Mapping[str, Any]) -> LanguageModel.Config:
@@ -148,8 +149,7 @@ def _blocks(model: LanguageModel.Config) -> tuple[Sequence[Any], int]:
         if layer != mlps[0] or not isinstance(layer, SwiGLU.Config) or layer.bias or len(mlps) != len(mixers):
             inexpressible(FAMILY, "a swiglu without bias after every mixer, all alike", layer)
     hold(FAMILY, mlps[0], "d_inner")
-    with torch.device("meta"):
-        d_mlp = SwiGLU(model.d_model, mlps[0]).d_inner
+    d_mlp = mlps[0].width(model.d_model)
     if d_mlp % MLP_MULTIPLE:
         inexpressible(FAMILY, f"MLPs of a multiple of {MLP_MULTIPLE} channels", d_mlp)
     return mixers, d_mlp
@@ -228,11 +228,8 @@ def _mamba3_to(mixer: Mamba3.Config) -> dict[str, Any]:
 
 
 def ssm_to(mixer: Mamba.Config | Mamba2.Config | Mamba3.Config, d_model: int) -> dict[str, Any]:
-    d_inner = mixer.d_inner or mixer.expand * d_model
-    if d_inner % d_model:
-        inexpressible(FAMILY, f"d_inner a multiple of d_model={d_model}", f"d_inner={d_inner}")
     shared = {
-        "expand": d_inner // d_model,
+        "expand": expansion(FAMILY, mixer, d_model),
         "dt_min": mixer.dt_min,
         "dt_max": mixer.dt_max,
         "dt_init_floor": mixer.dt_init_floor,

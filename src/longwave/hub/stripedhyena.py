@@ -11,7 +11,7 @@ import torch
 from longwave.errors import UsageError
 from longwave.hub import hybrid
 from longwave.hub.keys import Rename
-from longwave.hub.settings import hold, inexpressible, refuse, refuse_unless, setting, size
+from longwave.hub.settings import check_architecture, hold, inexpressible, refuse, refuse_unless, setting, size
 from longwave.mixers.attention import Attention
 from longwave.mixers.channel import SwiGLU
 from longwave.mixers.hyena_modal import HyenaModal
@@ -52,7 +52,7 @@ def ALIASES(names: Collection[str]) -> dict[str, str | None]:
 
 
 def config_from(config: Mapping[str, Any]) -> LanguageModel.Config:
-    hybrid.check_architecture(config, ARCHITECTURE)
+    check_architecture(config, ARCHITECTURE)
     refuse_unless(config, _SUPPORTED)
     if "model_type" in config:
         config = _HUB_DEFAULTS | dict(config)
@@ -124,15 +124,13 @@ def config_to(model: LanguageModel.Config) -> dict[str, Any]:
     )
     (mlp,) = hybrid.one_of_each([mlp for _, mlp in pairs], (SwiGLU.Config,), MODEL_TYPE)
     hold(MODEL_TYPE, mlp, "d_inner activation")
-    with torch.device("meta"):
-        d_mlp = SwiGLU(model.d_model, mlp).d_inner
     return {
         "model_type": MODEL_TYPE,
         "architectures": [ARCHITECTURE],
         "vocab_size": model.vocab_size,
         "hidden_size": model.d_model,
         "num_filters": model.d_model,
-        "inner_mlp_size": d_mlp,
+        "inner_mlp_size": mlp.width(model.d_model),
         "mlp_activation": mlp.activation,
         "num_layers": len(pairs),
         "attn_layer_idxs": [i for i, (mixer, _) in enumerate(pairs) if mixer == attention],

@@ -8,8 +8,19 @@ from typing import Any
 import torch
 
 from longwave.errors import UsageError
-from longwave.hub.hybrid import ALIASES, WEIGHTS, check_architecture, least_dt
-from longwave.hub.settings import hold, inexpressible, refuse, refuse_unless, rotary_base, setting, size
+from longwave.hub.hybrid import ALIASES, WEIGHTS, least_dt
+from longwave.hub.settings import (
+    TRANSFORMERS,
+    check_architecture,
+    expansion,
+    hold,
+    inexpressible,
+    refuse,
+    refuse_unless,
+    rotary_base,
+    setting,
+    size,
+)
 from longwave.mixers.attention import Attention
 from longwave.mixers.mamba2 import Mamba2
 from longwave.mixers.shared import Shared
@@ -23,13 +34,11 @@ SSM_NORM_EPS = 1e-5  # in its mixers, whatever rms_norm_eps says
 NAMES = {"linear_attention": "M", "mamba": "M", "hybrid": "H"}  # the second as older folders have it
 USUAL = "M" + 7 * "MMMMMH" + "MMMMH" + "MMMH" + "MM"
 
-_SUPPORTED = {
+_SUPPORTED = TRANSFORMERS | {
     "hidden_act": ("gelu",),
     "use_conv_bias": (True,),
     "use_long_context": (False, None),
     "tie_word_embeddings": (True,),  # transformers shares nothing at all where this is false
-    "quantization_config": (None,),
-    "per_layer_config": (None,),
 }
 
 
@@ -159,16 +168,14 @@ def _ssm_from(config: Mapping[str, Any], d_model: int) -> Mamba2.Config:
 
 def _ssm_to(model: LanguageModel.Config, mixer: Mamba2.Config) -> dict[str, Any]:
     hold(MODEL_TYPE, mixer, "d_state d_conv expand d_inner d_head n_groups dt_limit norm_eps bias")
-    d_inner = mixer.d_inner or mixer.expand * model.d_model
-    if d_inner % model.d_model:
-        inexpressible(MODEL_TYPE, f"d_inner a multiple of d_model={model.d_model}", f"d_inner={d_inner}")
+    expand = expansion(MODEL_TYPE, mixer, model.d_model)
     if mixer.norm_eps != SSM_NORM_EPS:
         inexpressible(MODEL_TYPE, f"norm_eps={SSM_NORM_EPS} in its mixers", f"norm_eps={mixer.norm_eps}")
     return {
         "mamba_d_state": mixer.d_state,
         "mamba_d_conv": mixer.d_conv,
-        "mamba_expand": d_inner // model.d_model,
-        "n_mamba_heads": d_inner // mixer.d_head,
+        "mamba_expand": expand,
+        "n_mamba_heads": expand * model.d_model // mixer.d_head,
         "mamba_ngroups": mixer.n_groups,
         "time_step_min": least_dt(mixer, MODEL_TYPE),
         "time_step_max": mixer.dt_max,

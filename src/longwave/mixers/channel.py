@@ -38,10 +38,14 @@ class MLP(nn.Module):
                 raise UsageError(f"mlp: approximate must be 'none' or 'tanh', got {self.approximate!r}")
             check_positive(self, "d_inner")
 
+        def width(self, d_model: int) -> int:
+            """The hidden width, chosen or by default."""
+            return self.d_inner or 4 * d_model
+
     def __init__(self, d_model: int, config: Config | None = None):
         super().__init__()
         self.config = config or self.Config()
-        self.d_model, self.d_inner = d_model, self.config.d_inner or 4 * d_model
+        self.d_model, self.d_inner = d_model, self.config.width(d_model)
         self.fc1 = Linear(d_model, self.d_inner, bias=self.config.bias)
         self.fc2 = Linear(self.d_inner, d_model, bias=self.config.bias)
 
@@ -86,10 +90,14 @@ class SwiGLU(nn.Module):
                 raise UsageError(f"swiglu: activation must be 'silu' or 'gelu', got {self.activation!r}")
             check_positive(self, "d_inner")
 
+        def width(self, d_model: int) -> int:
+            """The hidden width, chosen or by default."""
+            return self.d_inner or -(-8 * d_model // 3 // 128) * 128
+
     def __init__(self, d_model: int, config: Config | None = None):
         super().__init__()
         self.config = config or self.Config()
-        self.d_model, self.d_inner = d_model, self.config.d_inner or -(-8 * d_model // 3 // 128) * 128
+        self.d_model, self.d_inner = d_model, self.config.width(d_model)
         self.gate_proj = Linear(d_model, self.d_inner, bias=self.config.bias)
         self.up_proj = Linear(d_model, self.d_inner, bias=self.config.bias)
         self.down_proj = Linear(self.d_inner, d_model, bias=self.config.bias)
