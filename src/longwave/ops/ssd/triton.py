@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from longwave.ops.triton_chunks import chunk_weights
 from longwave.ops.triton_math import LOG2E, block, device_of, processors_of, rows, step_size
 from longwave.ops.triton_segments import pass_states, segments_of
 
@@ -51,28 +52,6 @@ def _sizes_kernel(
     if RESET:
         begins = tl.load(reset + row * stride_rb + t.to(tl.int64) * stride_rl, mask=t < end, other=0).to(tl.int32)
         tl.store(document + row * (chunks * Q) + t, tl.cumsum(begins, 0))
-
-
-@triton.jit
-def _chunk(sizes, decay, document, at, row_at, Q: tl.constexpr, RESET: tl.constexpr):
-    """A chunk's step sizes, decays from its start (0: another document) and to its end, and of the whole of it."""
-    t = tl.arange(0, Q)
-    size, s = tl.load(sizes + at + t), tl.load(decay + at + t)
-    end = tl.load(decay + at + Q - 1)
-    from_start, to_end, whole = (
-        tl.exp2(s.to(tl.float32)),
-        tl.exp2((end - s).to(tl.float32)),
-        tl.exp2(end.to(tl.float32)),
-    )
-    if RESET:
-        number = tl.load(document + row_at + t)
-        last = tl.load(document + row_at + Q - 1)
-        from_start = tl.where(number == 0, from_start, 0.0)
-        to_end = tl.where(number == last, to_end, 0.0)
-        whole = tl.where(last == 0, whole, 0.0)
-    else:
-        number = t
-    return size, s, from_start, to_end, whole, number
 
 
 @triton.jit
@@ -115,8 +94,8 @@ def _states_kernel(
             cell = i_n[:, None] * P + i_p[None, :]
             tl.store(states + (bh * chunks + chunk) * (N * P) + cell, state.to(states.dtype.element_ty), mask=inside)
         begin = bh * (chunks * Q) + chunk * Q
-        size, _, from_start, to_end, whole, _ = _chunk(
-            sizes, decay, document, begin, row * (chunks * Q) + chunk * Q, Q, RESET
+        size, _, from_start, to_end, whole, _ = chunk_weights(
+            sizes, decay, document, begin, row * (chunks * Q) + chunk * Q, t, Q, RESET
         )
         weight = from_start if REVERSE else to_end * size
         token = chunk * Q + t
@@ -174,8 +153,8 @@ def _forward_kernel(
     y += segment * per_segment * Q * (h * P)
     for chunk in range(first, tl.minimum(first + per_segment, chunks)):
         begin = bh * (chunks * Q) + chunk * Q
-        size, s, from_start, to_end, whole, number = _chunk(
-            sizes, decay, document, begin, row * (chunks * Q) + chunk * Q, Q, RESET
+        size, s, from_start, to_end, whole, number = chunk_weights(
+            sizes, decay, document, begin, row * (chunks * Q) + chunk * Q, t, Q, RESET
         )
         token = chunk * Q + t
         real = token < end
@@ -252,8 +231,8 @@ def _pairs(
     for k in range(h_per_program):
         head = group * h_per_g + split * h_per_program + k
         bh = row * h + head
-        size, s, from_start, to_end, whole, _ = _chunk(
-            sizes, decay, document, bh * (chunks * Q) + chunk * Q, row * (chunks * Q) + chunk * Q, Q, RESET
+        size, s, from_start, to_end, whole, _ = chunk_weights(
+            sizes, decay, document, bh * (chunks * Q) + chunk * Q, row * (chunks * Q) + chunk * Q, t, Q, RESET
         )
         x_t = tl.load(
             x + (head * stride_xh + start * stride_xl) + (t[:, None] * stride_xl + i_p[None, :]), mask=mask, other=0.0
@@ -339,8 +318,8 @@ def _through_states(
     for k in range(h_per_program):
         head = group * h_per_g + split * h_per_program + k
         bh = row * h + head
-        size, s, from_start, to_end, _, number = _chunk(
-            sizes, decay, document, bh * (chunks * Q) + chunk * Q, row * (chunks * Q) + chunk * Q, Q, RESET
+        size, s, from_start, to_end, _, number = chunk_weights(
+            sizes, decay, document, bh * (chunks * Q) + chunk * Q, row * (chunks * Q) + chunk * Q, t, Q, RESET
         )
         v_t = tl.load(
             v + (head * stride_vh + chunk * Q * stride_vl) + (t[:, None] * stride_vl + i_p[None, :]),
