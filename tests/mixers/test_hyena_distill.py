@@ -117,5 +117,5 @@ def test_what_cannot_be_distilled():
     with pytest.raises(UsageError, match="d_state must be at least 1, got 0"):
         distill(make(), 0)
     config = LanguageModel.Config(vocab_size=4, d_model=8, layers=(MLP.Config(),))
-    with pytest.raises(UsageError, match="no hyena layer"):
+    with pytest.raises(UsageError, match="layers of kind hyena are distilled, and this model has"):
         distill_model(LanguageModel(config), 4)

@@ -290,7 +290,8 @@ def beside_products(mixer, length):
     if kind == "lti" or (kind == "s4" and config.discretization == "zoh"):
         return length * mixer.d_model * (2 * config.d_state * (config.d_state + 1 + 1) + 2 * config.skip)
     if kind == "s4":
-        modes = config.d_state // 2 * (6 + 4 + 6 + 2 + 4 + config.rank * 2 * (4 + 4))  # Lambda, B, inverse, sum, C, P P*
+        # Lambda, B, inverse, sum, C, P P*
+        modes = config.d_state // 2 * (6 + 4 + 6 + 2 + 4 + config.rank * 2 * (4 + 4))
         return length * mixer.d_model * (modes + 2 * config.skip)
     if kind == "s5":
         return length * (len(mixer.Lambda_re) * (6 + 6 + 2) + 2 * mixer.d_model)

@@ -138,7 +138,7 @@ def beside(mixer, length):
 def test_what_does_not_fit_is_refused():
     with pytest.raises(UsageError, match="layers of index 0 differ"):
         LanguageModel(LanguageModel.Config(vocab_size=61, d_model=32, layers=(SHARED, replace(SHARED, d_inner=28))))
-    with pytest.raises(UsageError, match=r"mixer must be a mixer's configuration, got MLP.Config\("):
+    with pytest.raises(UsageError, match=r"mixer is MLP.Config\("):
         replace(SHARED, mixer=MLP.Config())
     with pytest.raises(UsageError, match=r"attention must be an Attention\.Config, got None"):
         replace(SHARED, attention=None)

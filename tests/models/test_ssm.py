@@ -218,7 +218,7 @@ def test_wrong_use(x):
         ssm()(x[..., :4])
     with pytest.raises(UsageError, match=r"unknown mixer 'mamba22'\. Did you mean 'mamba2'"):
         SSM(5, 64, mixer="mamba22")
-    with pytest.raises(UsageError, match="'swiglu' carries no state"):
+    with pytest.raises(UsageError, match="'swiglu' is no mixer"):
         SSM(5, 64, mixer=SwiGLU.Config())
     with pytest.raises(UsageError, match="no layer's configuration"):
         SSM(5, 64, mixer=Mamba2)

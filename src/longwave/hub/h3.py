@@ -91,7 +91,10 @@ def config_of(shapes: Mapping[str, tuple[int, ...]], where: str) -> dict[str, An
     layers = [f"backbone.layers.{i}" for i in range(n_layers)]
     h3 = next((layer for layer in layers if f"{layer}.mixer.kernel.kernel.B" in shapes), None)
     if f"{EMBEDDING}.weight" not in shapes or f"{h3}.mlp.fc1.weight" not in shapes:
-        raise LongwaveError(f"{where} has no config.json, and {WEIGHTS} holds no H3 model, whose shapes would tell it")
+        raise LongwaveError(
+            f"{where} has no config.json, and {WEIGHTS} holds no H3 model, whose shapes would tell its settings; "
+            "put the config.json of the model beside it"
+        )
     (vocab_size, d_model), (n_heads, n_modes, *_) = shapes[f"{EMBEDDING}.weight"], shapes[f"{h3}.mixer.kernel.kernel.B"]
     config = {
         "d_model": d_model,

@@ -13,9 +13,8 @@ from typing import Any
 
 from torch import _utils
 
-load = (
-    pickle.load
-)  # of the module's interface; torch.load uses it for files older than its zip format only, see folder.py
+# Of the module's interface. torch.load uses it for files older than its zip format only, which folder.py keeps from it.
+load = pickle.load
 
 
 class Inert:

@@ -6,6 +6,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from longwave.config import nearest
 from longwave.errors import UsageError
 
 State = TypeVar("State")
@@ -93,6 +94,18 @@ def compute_dtype(weight: Tensor, dtype: torch.dtype | None = None) -> torch.dty
 def takes_dt(mixer: Any) -> bool:
     """Whether a mixer has a rate: its forward takes `dt`, how long each token lasts in steps of its training."""
     return getattr(mixer, "takes_dt", "dt" in inspect.signature(mixer.forward).parameters)
+
+
+def mixer_class(config: Any, where: str) -> type:
+    """The mixer that `config` is a configuration of. Raises UsageError, which begins with `where`, if there is none."""
+    from longwave.mixers import MIXERS  # late, because that list holds those who ask too
+
+    kind = getattr(config, "kind", None)
+    if kind not in MIXERS or isinstance(config, type):
+        raise UsageError(
+            f"{where} is {config!r}, which is no mixer's configuration.{nearest(str(kind or config), MIXERS)}"
+        )
+    return MIXERS[kind]
 
 
 def check_positive(config: Any, *names: str) -> None:

@@ -6,9 +6,8 @@ from typing import Any, ClassVar, Literal, NoReturn
 import torch
 from torch import Tensor, nn
 
-from longwave.config import nearest
 from longwave.errors import UsageError
-from longwave.mixers.base import reset_children, takes_dt
+from longwave.mixers.base import mixer_class, reset_children, takes_dt
 from longwave.mixers.documents import mirror, without_padding
 from longwave.mixers.linear import Linear
 from longwave.mixers.mamba2 import Mamba2
@@ -41,12 +40,7 @@ class Bidirectional(nn.Module):
         tied: bool = False
 
         def __post_init__(self):
-            kind, known = getattr(self.mixer, "kind", None), _kinds()
-            if kind not in known or isinstance(self.mixer, type):
-                raise UsageError(
-                    f"bidirectional: mixer is {self.mixer!r}, which is no mixer's configuration."
-                    f"{nearest(str(kind or self.mixer), known)}"
-                )
+            mixer_class(self.mixer, "bidirectional: mixer")
             if self.combine not in ("sum", "concat"):
                 raise UsageError(f"bidirectional: combine must be 'sum' or 'concat', got {self.combine!r}")
 
@@ -54,7 +48,7 @@ class Bidirectional(nn.Module):
         super().__init__()
         self.config = config = config or self.Config()
         self.d_model = d_model
-        mixer = _kinds()[config.mixer.kind]
+        mixer = mixer_class(config.mixer, "bidirectional: mixer")
         self.fwd, self.rev = mixer(d_model, config.mixer), mixer(d_model, config.mixer)
         self.merge = Linear(2 * d_model, d_model) if config.combine == "concat" else None
         if config.tied:
@@ -130,10 +124,3 @@ def _turn(value: Any, places: Tensor | None) -> Any:
     if places is None:
         return value.flip(1)
     return value.take_along_dim(places if value.ndim == 2 else places[..., None], 1)
-
-
-def _kinds() -> dict[str, type]:
-    """Every mixer; asked for late, because the list of layers holds this one too."""
-    from longwave.mixers import MIXERS
-
-    return MIXERS

@@ -109,8 +109,8 @@ class Modulation(Float32Parameters):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        slow, fast = (math.log(self.config.decay_target) / share for share in (self.config.slow_decay,
-                                                                               self.config.fast_decay))  # fmt: skip
+        end = math.log(self.config.decay_target)
+        slow, fast = end / self.config.slow_decay, end / self.config.fast_decay
         self.deltas.copy_(torch.linspace(slow, fast, self.deltas.shape[2]))
         self.mark()
 

@@ -7,10 +7,9 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from longwave.config import nearest
 from longwave.errors import UsageError
 from longwave.mixers.attention import Attention
-from longwave.mixers.base import Mixer, reset_children, scaled
+from longwave.mixers.base import Mixer, mixer_class, reset_children, scaled
 from longwave.mixers.mamba2 import Mamba2
 from longwave.mixers.nested import reserve
 
@@ -42,16 +41,10 @@ class Parallel(nn.Module):
         out_multipliers: tuple[float, ...] | None = None
 
         def __post_init__(self):
-            known = _kinds()
             if not isinstance(self.mixers, tuple) or not self.mixers:
                 raise UsageError(f"parallel: mixers must be a tuple of at least one configuration, got {self.mixers!r}")
             for i, mixer in enumerate(self.mixers):
-                kind = getattr(mixer, "kind", None)
-                if kind not in known or isinstance(mixer, type):
-                    raise UsageError(
-                        f"parallel: mixers[{i}] is {mixer!r}, which is no mixer's configuration."
-                        f"{nearest(str(kind or mixer), known)}"
-                    )
+                mixer_class(mixer, f"parallel: mixers[{i}]")
             for name in ("in_multipliers", "out_multipliers"):
                 factors = getattr(self, name)
                 if factors is not None and len(factors) != len(self.mixers):
@@ -63,8 +56,8 @@ class Parallel(nn.Module):
         super().__init__()
         self.config = config = config or self.Config()
         self.d_model = d_model
-        kinds, ones = _kinds(), (1.0,) * len(config.mixers)
-        self.parts = nn.ModuleList(kinds[mixer.kind](d_model, mixer) for mixer in config.mixers)
+        ones = (1.0,) * len(config.mixers)
+        self.parts = nn.ModuleList(mixer_class(mixer, "parallel")(d_model, mixer) for mixer in config.mixers)
         self.multipliers = tuple(zip(config.in_multipliers or ones, config.out_multipliers or ones, strict=True))
 
     def reset_parameters(self) -> None:
@@ -114,10 +107,3 @@ class Parallel(nn.Module):
 
     def _mixers(self) -> Iterator[Mixer[Any]]:
         return iter(self.parts)  # pyright: ignore[reportReturnType]
-
-
-def _kinds() -> dict[str, type]:
-    """Every mixer; asked for late, because this one is among them."""
-    from longwave.mixers import MIXERS
-
-    return MIXERS

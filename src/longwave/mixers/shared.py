@@ -9,7 +9,7 @@ from torch.nn.functional import gelu
 
 from longwave.errors import UsageError
 from longwave.mixers.attention import Attention, AttentionState
-from longwave.mixers.base import check_positive, reset_children
+from longwave.mixers.base import check_positive, mixer_class, reset_children
 from longwave.mixers.linear import Linear
 from longwave.mixers.mamba2 import Mamba2
 from longwave.mixers.nested import reserve
@@ -60,13 +60,10 @@ class Shared(nn.Module):
         bias: bool = False
 
         def __post_init__(self):
-            from longwave.mixers import MIXERS
-
             check_positive(self, "d_inner", "rank")
             if self.index < 0:
                 raise UsageError(f"shared: index must be at least 0, got {self.index}")
-            if getattr(self.mixer, "kind", None) not in MIXERS or isinstance(self.mixer, type):
-                raise UsageError(f"shared: mixer must be a mixer's configuration, got {self.mixer!r}")
+            mixer_class(self.mixer, "shared: mixer")
             if not isinstance(self.attention, Attention.Config):
                 raise UsageError(f"shared: attention must be an Attention.Config, got {self.attention!r}")
 

@@ -1,4 +1,4 @@
-"""The parameters that set the decay of Mamba and Mamba-2: float32, left alone by weight decay; and how dt begins.
+"""The parameters that set what a state space keeps, its decay foremost: float32, not decayed; and how dt begins.
 
 They stay in float32 when their module is cast to 16 bits. The decay exp(dt A) is applied once per token, so that the
 error of 2^-9 which bfloat16 makes in A or dt is multiplied by the number of tokens that the state remembers.

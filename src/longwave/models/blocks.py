@@ -33,8 +33,6 @@ class LayerNorm(nn.LayerNorm):
 
 
 NORMS = {"rms": RMSNorm, "layer": LayerNorm, "rms_outer_eps": OuterEpsRMSNorm}
-
-
 NORM_POSITIONS = ("pre", "post", "res_post", "sandwich")
 
 

@@ -8,6 +8,7 @@ from longwave.errors import UsageError
 from longwave.mixers import Hyena
 from longwave.mixers.hyena_distill import Distillation, distill
 from longwave.models.language_model import LanguageModel
+from longwave.models.pattern import pattern_of
 
 
 @torch.no_grad()
@@ -30,7 +31,9 @@ def distill_model(
         tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(place)}
         tensors |= {place + name: tensor for name, tensor in modal.state_dict().items()}
     if not reports:
-        raise UsageError("distill_model: the model has no hyena layer")
+        raise UsageError(
+            f"distill_model: layers of kind hyena are distilled, and this model has {pattern_of(layers)!r}"
+        )
     weight = model.embedding.weight
     distilled = LanguageModel(replace(model.config, layers=tuple(layers))).to(weight.device, weight.dtype)
     distilled.load_state_dict(tensors)

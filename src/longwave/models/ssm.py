@@ -105,5 +105,5 @@ def _mixer_config(mixer: Any) -> Any:
         return layers[mixer].Config()
     check_layers((mixer,), "SSM")
     if mixer.kind not in layers:
-        raise UsageError(f"SSM: {mixer.kind!r} carries no state.{nearest(mixer.kind, layers)}")
+        raise UsageError(f"SSM: {mixer.kind!r} is no mixer.{nearest(mixer.kind, layers)}")
     return mixer

@@ -16,7 +16,7 @@ from longwave.models.saving import Stored, check_shapes, open_safetensors, write
 
 
 class Stateful(Protocol):
-    """A model that makes states: LanguageModel or SSM."""
+    """A model that makes states: LanguageModel, SaShiMi, Features, or a head on one of these."""
 
     @property
     def fingerprint(self) -> str: ...

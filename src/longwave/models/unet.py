@@ -260,7 +260,7 @@ class UNet(nn.Module):
     def state_bytes(self, length: int, dtype: torch.dtype | None) -> int:
         total = 0
         for i, blocks in enumerate(self._blocks_by_tier()):
-            total += sum(block.mixer.state_bytes(length, dtype) for block in blocks if block.carries_state)
+            total += sum(block.state_bytes(length, dtype) for block in blocks)
             if i < len(self.pool):
                 size = compute_dtype(self._tier(i).down.linear.weight, dtype).itemsize
                 total += (2 * self.pool[i] - 1) * self.widths[i] * size
@@ -270,7 +270,7 @@ class UNet(nn.Module):
     def flops(self, length: int) -> int:
         total = 0
         for i, blocks in enumerate(self._blocks_by_tier()):
-            total += sum(block.mixer.flops(length) for block in blocks)
+            total += sum(block.flops(length) for block in blocks)
             if i < len(self.pool):
                 length //= self.pool[i]
                 total += 2 * 2 * length * self.pool[i] * self.widths[i] * self.widths[i + 1]
