@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from longwave.ops.checks import state_dtype
+from longwave.ops.mamba3_scan.trapezoid import Trapezoid
 from longwave.ops.numba_chunks import (
     add,
     add_upper_product,
@@ -107,15 +108,15 @@ def forward(
 ):  # fmt: skip
     work = _Work(x, dt, A, B, C, trap, angles, B_bias, C_bias, D, mimo_x, reset, lengths, halves, chunk_len)
     y = work.empty(*x.shape[:2], B.shape[2], *x.shape[2:])
-    state = work.entry(ssm, k, v)
-    last_angle, last_k = (t.detach().to(work.dtype, copy=True).contiguous() for t in (angle, k))
+    state = work.rule.entry(ssm, k, v, work.mimo_x)
+    last_angle, last_k = (t.detach().to(work.rule.dtype, copy=True).contiguous() for t in (angle, k))
     outputs = [t.numpy() for t in (y, last_angle, state, last_k)]
 
     def body(i: int) -> None:
         _forward_heads(*work.kernel_args, *outputs, *work.block(i))
 
     parallel_for(work.n_blocks, body)
-    return y, last_angle, state, last_k.to(x.dtype), work.last(x, v)
+    return y, last_angle, state, last_k.to(x.dtype), work.rule.last(x, v)
 
 
 def backward(
@@ -130,20 +131,21 @@ def backward(
     dB, dC = (work.empty(b, l, r, g, work.splits, n) for _ in range(2))
     dangles = work.empty(b, l, g * work.splits, angles.shape[-1])
     sums = [torch.zeros(b, *size, dtype=torch.float64) for size in ((h, r, n), (h, r, n), (h,), (h, r, p))]
-    dstate, dangle = (t.to(work.dtype, copy=True).contiguous() for t in (dssm, dangle))
+    dstate, dangle = (t.to(work.rule.dtype, copy=True).contiguous() for t in (dssm, dangle))
     grads = _Gradients(*(t.numpy() for t in (dx, ddt, ddtA, dgamma, dweight, dB, dC, dangles, *sums, dstate, dangle)))
     entry, first_angle, last_dk = (
-        t.contiguous().numpy() for t in (work.entry(ssm, k, v), work.exact(angle), work.exact(dk))
+        t.contiguous().numpy()
+        for t in (work.rule.entry(ssm, k, v, work.mimo_x), work.rule.exact(angle), work.rule.exact(dk))
     )
-    dy_flat, dy_strides = flat(work.exact(dy))
+    dy_flat, dy_strides = flat(work.rule.exact(dy))
 
     def body(i: int) -> None:
         _backward_heads(*work.kernel_args, entry, first_angle, dy_flat, dy_strides, last_dk, grads, *work.block(i))
 
     parallel_for(work.n_blocks, body)
     dB_bias, dC_bias, dD, dmimo_x = (t.sum(0) for t in sums)
-    dk, dv, dfirst, dmimo_entry = work.entry_gradients(dstate, k, v, dk, dv, dx)
-    ddt, dA, dtrap = work.size_gradients(ddt, ddtA, dgamma, dweight, dfirst)
+    dk, dv, dfirst, dmimo_entry = work.rule.entry_gradients(dstate, k, v, work.mimo_x, dk, dv, dx)
+    ddt, dA, dtrap = work.rule.size_gradients(ddt, ddtA, dgamma, dweight, dfirst)
     tensors = (x, dt, A, B, C, trap, angles, B_bias, C_bias, D, mimo_x, angle, ssm, k, v)
     results = (
         dx, ddt, dA, dB.sum(4), dC.sum(4), dtrap, dangles.sum(2),
@@ -163,33 +165,23 @@ class _Work:
         self.heads = h // self.g
         self.splits = -(-self.heads // _HEADS)
         self.n_blocks = b * self.g * self.splits
-        self.dtype = state_dtype(x.dtype)
-        self.lengths = lengths
+        self.rule = Trapezoid(dt, A, trap, reset, lengths, state_dtype(x.dtype))
         reset = torch.zeros(b, l, dtype=torch.bool) if reset is None else reset
-        self.follows = ~reset[..., None]  # the token before, or the initial state
-        self.dt, self.A, self.trap = (self.exact(t) for t in (dt, A, trap))
-        if lengths is not None:
-            there = (torch.arange(l) < lengths[:, None])[..., None]
-            self.follows = self.follows & there
-            # What is not there may be NaN.
-            self.dt, self.A, self.trap = (t.where(there, 0.0) for t in (self.dt, self.A, self.trap))
-        early = ((1 - self.trap) * self.dt).where(self.follows, 0.0)
-        self.first = early[:, 0]  # (b, h)
-        gamma = self.trap * self.dt
-        weight = gamma + torch.nn.functional.pad(early[:, 1:], (0, 0, 0, 1))
+        gamma = self.rule.trap * self.rule.dt
+        weight = gamma + torch.nn.functional.pad(self.rule.early()[:, 1:], (0, 0, 0, 1))
         sequence = _Sequence(
-            *flat(self.exact(x)),
-            *flat(self.exact(B)),
-            *flat(self.exact(C)),
-            *flat(self.exact(angles)),
-            self.dt.contiguous().numpy(),
-            (self.dt * self.A).contiguous().numpy(),
+            *flat(self.rule.exact(x)),
+            *flat(self.rule.exact(B)),
+            *flat(self.rule.exact(C)),
+            *flat(self.rule.exact(angles)),
+            self.rule.dt.contiguous().numpy(),
+            (self.rule.dt * self.rule.A).contiguous().numpy(),
             gamma.contiguous().numpy(),
             weight.contiguous().numpy(),
             reset.contiguous().numpy(),
             np.full(b, l) if lengths is None else lengths.contiguous().numpy(),
         )
-        B_bias, C_bias, D, self.mimo_x = _parameters(B_bias, C_bias, D, mimo_x, (h, r, p, n), self.dtype)
+        B_bias, C_bias, D, self.mimo_x = _parameters(B_bias, C_bias, D, mimo_x, (h, r, p, n), self.rule.dtype)
         kernel_parameters = _Parameters(B_bias.numpy(), C_bias.numpy(), D.numpy(), self.mimo_x.numpy(), halves)
         self.kernel_args = (
             sequence,
@@ -197,12 +189,9 @@ class _Work:
             min(chunk_len or (_CHUNK if r == 1 else _CHUNK_OF_RANKS), l),
         )
 
-    def exact(self, t: Tensor) -> Tensor:
-        return t.detach().to(self.dtype)
-
     def empty(self, *size: int) -> Tensor:
         """For what the kernels write: they leave out what is not there."""
-        return (torch.empty if self.lengths is None else torch.zeros)(*size, dtype=self.dtype)
+        return (torch.empty if self.rule.lengths is None else torch.zeros)(*size, dtype=self.rule.dtype)
 
     def block(self, i: int) -> tuple[int, int, int, int, int]:
         """Row, group, split of the group, first head and end of heads of block i."""
@@ -210,48 +199,6 @@ class _Work:
         group, split = divmod(rest, self.splits)
         first = group * self.heads
         return row, group, split, first + split * _HEADS, first + min((split + 1) * _HEADS, self.heads)
-
-    def entry(self, ssm: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """The state (b, h, p, n) before the first token, with what that takes from the token before it."""
-        outer = torch.einsum("bhp,hrp,brhn->bhpn", self.exact(v), self.mimo_x, self.exact(k))
-        return (self.exact(ssm) + self.first[..., None, None] * outer).contiguous()
-
-    def last(self, x: Tensor, v: Tensor) -> Tensor:
-        """x (b, h, p) of the last token, v in rows without one."""
-        if self.lengths is None:
-            return x[:, -1].clone()
-        rows, at = self._last_tokens()
-        return torch.where((self.lengths > 0)[:, None, None], x[rows, at], v.to(x.dtype))
-
-    def _last_tokens(self) -> tuple[Tensor, Tensor]:
-        assert self.lengths is not None
-        return torch.arange(len(self.lengths)), (self.lengths - 1).clamp(min=0)
-
-    def entry_gradients(self, dstate, k, v, dk, dv, dx):
-        """Gradients of k, v, `first` and mimo_x through `entry` and, in rows without a token, from dk and dv on.
-
-        Elsewhere dv belongs to the last token: it is added to dx.
-        """
-        k, v, dk, dv = (self.exact(t) for t in (k, v, dk, dv))
-        if self.lengths is None:
-            dx[:, -1] += dv
-            dk, dv = torch.zeros_like(dk), torch.zeros_like(dv)
-        else:
-            empty = (self.lengths == 0)[:, None, None]
-            dx[self._last_tokens()] += dv.where(~empty, 0.0)
-            dk, dv = dk.where(empty[..., None], 0.0), dv.where(empty, 0.0)
-        read = torch.einsum("bhpn,brhn->bhrp", dstate, k)
-        dfirst = (read * self.mimo_x * v[:, :, None]).sum((2, 3))
-        read = read * self.first[..., None, None]
-        written = torch.einsum("bh,bhpn,bhp,hrp->brhn", self.first, dstate, v, self.mimo_x)
-        return dk + written, dv + (read * self.mimo_x).sum(2), dfirst, (read * v[:, :, None]).sum(0)
-
-    def size_gradients(self, ddt, ddtA, dgamma, dweight, dfirst):
-        """Gradients of dt, A and trap from those of dt (by way of the angles), dt A, gamma, the weights and `first`."""
-        dearly = torch.cat([dfirst[:, None], dweight[:, :-1]], dim=1).where(self.follows, 0.0)
-        dgamma = dgamma + dweight
-        ddt = ddt + self.A * ddtA + self.trap * dgamma + (1 - self.trap) * dearly
-        return ddt, self.dt * ddtA, self.dt * (dgamma - dearly)
 
 
 def _parameters(B_bias, C_bias, D, mimo_x, sizes: tuple[int, int, int, int], dtype: torch.dtype) -> tuple[Tensor, ...]:
