@@ -1,4 +1,4 @@
-"""What the Triton kernels of several operators share: activations, the device they run on, sizes of blocks."""
+"""What the Triton kernels of several operators share: functions, the device they run on, sizes of blocks."""
 
 import contextlib
 from collections.abc import Iterator
@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 LOG2E = tl.constexpr(1.4426950408889634)
+QUARTERS = tl.constexpr(0.6366197723675814)  # quarter turns of a radian
 
 
 @triton.jit
@@ -25,6 +26,35 @@ def step_size(dt, SOFTPLUS: tl.constexpr):
 @triton.jit
 def silu(x):
     return x / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def expm1_near_0(x):
+    """exp(x) - 1 to the last bits, for |x| up to log(2) / 2."""
+    high = 1 / 24 + x * (1 / 120 + x * (1 / 720 + x * (1 / 5040)))
+    return x + x * x * (0.5 + x * (1 / 6 + x * high))
+
+
+@triton.jit
+def power_of_2(k):
+    """2^k in float32 for a whole number k, 0 from -127 on downwards."""
+    k = tl.where(k < -127, -127, tl.where(k > 127, 127, k)).to(tl.int32)
+    return ((k + 127) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def cos_sin(quarter, rest):
+    """cos, cos - 1 and sin of a phase in quarter turns: a whole number, and a rest in float32 of at most 1/2."""
+    square = rest * rest
+    above = -0.0208634807633530 + square * (0.000919260274839426 - square * 0.0000252020423730606)
+    above = square * (-1.2337005501361697 + square * (0.2536695079010480 + square * above))
+    sine = 0.0796926262461670 + square * (-0.00468175413531868 + square * 0.000160441184787360)
+    sine = rest * (1.5707963267948966 + square * (-0.6459640975062462 + square * sine))
+    quarter = quarter.to(tl.int32) & 3
+    odd = (quarter & 1) == 1
+    cosine, sine = tl.where(odd, sine, 1.0 + above), tl.where(odd, 1.0 + above, sine)
+    cosine = tl.where((quarter == 1) | (quarter == 2), -cosine, cosine)
+    return cosine, tl.where(quarter == 0, above, cosine - 1.0), tl.where(quarter >= 2, -sine, sine)
 
 
 @contextlib.contextmanager

@@ -133,22 +133,26 @@ _vandermonde = define(
     "vandermonde_kernel_forward(Tensor C, Tensor dtA, SymInt l) -> Tensor",
     fake=lambda C, dtA, l: C.new_empty(*C.shape[:2], l, dtype=state_dtype(C.dtype)),
     cpu="longwave.ops.ssm_kernel.cpu:vandermonde",
+    cuda="longwave.ops.ssm_kernel.triton:vandermonde",
 )
 _moments = define(
     # The sums over t of f_t exp(t dtA), and if `weighted` of t f_t exp(t dtA), both (m, e, n, 2).
     "vandermonde_state_forward(Tensor f, Tensor dtA, bool weighted) -> (Tensor, Tensor)",
     fake=_fake_moments,
     cpu="longwave.ops.ssm_kernel.cpu:moments",
+    cuda="longwave.ops.ssm_kernel.triton:moments",
 )
 _cauchy = define(
     "cauchy_kernel_forward(Tensor v, Tensor z, Tensor w) -> Tensor",
     fake=lambda v, z, w: v.new_empty(*v.shape[:2], *z.shape, dtype=state_dtype(v.dtype)),
     cpu="longwave.ops.ssm_kernel.cpu:cauchy",
+    cuda="longwave.ops.ssm_kernel.triton:cauchy",
 )
 _cauchy_backward = define(
     "cauchy_kernel_backward(Tensor dk, Tensor v, Tensor z, Tensor w) -> (Tensor, Tensor)",
     fake=lambda dk, v, z, w: (v.new_empty(v.shape), w.new_empty(w.shape)),
     cpu="longwave.ops.ssm_kernel.cpu:cauchy_backward",
+    cuda="longwave.ops.ssm_kernel.triton:cauchy_backward",
 )
 
 

@@ -1,0 +1,257 @@
+"""Kernel generation on a GPU, portable Triton. docs/ops/ssm_kernel.md has the algebra.
+
+Vandermonde: with t = i Q + j, exp(t a) = X_i E_j. A program takes Q columns and some rows of one kernel, or sums over
+them, as a product of two small matrices, of which it computes the powers itself: each by reducing its exponent in
+float64, and the rest in float32. Cauchy: a program takes some nodes, or sums over them.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from longwave.ops.triton_math import (
+    LOG2E,
+    QUARTERS,
+    block,
+    cos_sin,
+    device_of,
+    expm1_near_0,
+    power_of_2,
+    processors_of,
+    rows,
+)
+from longwave.ops.triton_segments import segments_of
+
+_LN2 = tl.constexpr(0.6931471805599453)
+_FAR = tl.constexpr(1e18)  # from all poles; its square is finite
+
+
+@triton.jit
+def _load_modes(dtA, k, n):
+    """The real part of some modes, and their quarter turns, in float64."""
+    re = tl.load(dtA + 2 * k, mask=k < n, other=0.0).to(tl.float64)
+    return re, tl.load(dtA + 2 * k + 1, mask=k < n, other=0.0).to(tl.float64) * QUARTERS
+
+
+@triton.jit
+def _powers(t, re, quarters, l):
+    """exp(t a) for a = re + i pi/2 quarters, as real and imaginary part in float32; 0 from t = l on."""
+    steps = t.to(tl.float64)
+    size = steps * re
+    halvings = tl.floor(size * LOG2E + 0.5)
+    scale = power_of_2(halvings)
+    size = scale + scale * expm1_near_0((size - halvings * _LN2).to(tl.float32))
+    phase = steps * quarters
+    whole = tl.floor(phase + 0.5)
+    cosine, _, sine = cos_sin(whole - 4.0 * tl.floor(whole * 0.25), (phase - whole).to(tl.float32))
+    size = tl.where(t < l, size, 0.0)
+    return size * cosine, size * sine
+
+
+@triton.jit
+def _vandermonde_kernel(
+    C, dtA, K, e, n, l, blocks, Q: tl.constexpr, BI: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr
+):
+    program = tl.program_id(0).to(tl.int64)
+    row = program // blocks
+    i, j = (program % blocks).to(tl.int32) * BI + tl.arange(0, BI), tl.arange(0, Q)
+    C += row * (2 * n)
+    dtA += row % e * (2 * n)
+    total = tl.zeros((BI, Q), tl.float32)
+    for start in range(0, n, BN):
+        k = start + tl.arange(0, BN)
+        re, quarters = _load_modes(dtA, k, n)
+        C_re = 2.0 * tl.load(C + 2 * k, mask=k < n, other=0.0)
+        C_im = 2.0 * tl.load(C + 2 * k + 1, mask=k < n, other=0.0)
+        x, y = _powers((i * Q)[:, None], re[None, :], quarters[None, :], l)
+        real, imag = _powers(j[None, :], re[:, None], quarters[:, None], l)
+        total = tl.dot(C_re[None, :] * x - C_im[None, :] * y, real, total, input_precision=PRECISION)
+        total = tl.dot(-C_re[None, :] * y - C_im[None, :] * x, imag, total, input_precision=PRECISION)
+    t = i[:, None] * Q + j[None, :]
+    tl.store(K + row * l + t, total, mask=t < l)
+
+
+@triton.jit
+def _moments_kernel(
+    f, dtA, sums, e, n, l, per_split, splits, parts, stride_fm, stride_fe,
+    WEIGHTED: tl.constexpr, Q: tl.constexpr, BI: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Sums over rows i of f_ij X_i, and if WEIGHTED of f_ij i X_i; and then over the columns j."""
+    blocks = tl.cdiv(n, BN)
+    program = tl.program_id(0).to(tl.int64)
+    k = (program % blocks).to(tl.int32) * BN + tl.arange(0, BN)
+    split = program // blocks % splits
+    row = program // (blocks * splits)
+    f += row // e * stride_fm + row % e * stride_fe
+    re, quarters = _load_modes(dtA + row % e * (2 * n), k, n)
+    j = tl.arange(0, Q)
+    a, b = tl.zeros((BN, Q), tl.float32), tl.zeros((BN, Q), tl.float32)
+    c, d = tl.zeros((BN, Q), tl.float32), tl.zeros((BN, Q), tl.float32)
+    first = (split * per_split).to(tl.int32)
+    for start in range(first, tl.minimum(first + per_split, tl.cdiv(l, Q)), BI):
+        i = start + tl.arange(0, BI)
+        t = i[:, None] * Q + j[None, :]
+        values = tl.load(f + t, mask=t < l, other=0.0).to(tl.float32)
+        x, y = _powers((i * Q)[None, :], re[:, None], quarters[:, None], l)
+        a = tl.dot(x, values, a, input_precision=PRECISION)
+        b = tl.dot(y, values, b, input_precision=PRECISION)
+        if WEIGHTED:
+            number = i.to(tl.float32)[None, :]
+            c = tl.dot(number * x, values, c, input_precision=PRECISION)
+            d = tl.dot(number * y, values, d, input_precision=PRECISION)
+    x, y = _powers(j[None, :], re[:, None], quarters[:, None], l)
+    real, imag = x * a - y * b, x * b + y * a
+    at = sums + 2 * ((split * parts + row) * n + k)
+    tl.store(at, tl.sum(real, 1), mask=k < n)
+    tl.store(at + 1, tl.sum(imag, 1), mask=k < n)
+    if WEIGHTED:
+        at += splits * parts * (2 * n)
+        number = j.to(tl.float32)[None, :]
+        tl.store(at, tl.sum(number * real + Q * (x * c - y * d), 1), mask=k < n)
+        tl.store(at + 1, tl.sum(number * imag + Q * (x * d + y * c), 1), mask=k < n)
+
+
+@triton.jit
+def _reciprocals(z_re, z_im, w_re, w_im):
+    """The parts of 1 / (z - w) and of 1 / (z - conj(w))."""
+    x, above, below = z_re - w_re, z_im - w_im, z_im + w_im
+    first, second = 1.0 / (x * x + above * above), 1.0 / (x * x + below * below)
+    return x * first, -above * first, x * second, -below * second
+
+
+@triton.jit
+def _cauchy_kernel(v, z, w, out, m, e, n, l, blocks, groups, BM: tl.constexpr, BL: tl.constexpr):
+    program = tl.program_id(0).to(tl.int64)
+    node = (program % blocks).to(tl.int32) * BL + tl.arange(0, BL)
+    r = (program // blocks % groups).to(tl.int32) * BM + tl.arange(0, BM)
+    channel = program // (blocks * groups)
+    z_re = tl.load(z + 2 * node, mask=node < l, other=_FAR)
+    z_im = tl.load(z + 2 * node + 1, mask=node < l, other=0.0)
+    row = r.to(tl.int64) * e + channel
+    real, imag = tl.zeros((BM, BL), tl.float32), tl.zeros((BM, BL), tl.float32)
+    for k in range(n):
+        at = w + 2 * (channel * n + k)
+        x1, y1, x2, y2 = _reciprocals(z_re, z_im, tl.load(at), tl.load(at + 1))
+        re = tl.load(v + 2 * (row * n + k), mask=r < m, other=0.0)[:, None]
+        im = tl.load(v + 2 * (row * n + k) + 1, mask=r < m, other=0.0)[:, None]
+        real += re * (x1 + x2)[None, :] - im * (y1 - y2)[None, :]
+        imag += re * (y1 + y2)[None, :] + im * (x1 - x2)[None, :]
+    at = out + 2 * (row[:, None] * l + node[None, :])
+    inside = (r < m)[:, None] & (node < l)[None, :]
+    tl.store(at, real, mask=inside)
+    tl.store(at + 1, imag, mask=inside)
+
+
+@triton.jit
+def _cauchy_backward_kernel(dk, v, z, w, dv, dw, e, n, l, per_split, splits, parts, BN: tl.constexpr, BL: tl.constexpr):
+    """Of one kernel and some modes: the gradient of v, and the kernel's part of that of w."""
+    blocks = tl.cdiv(n, BN)
+    program = tl.program_id(0).to(tl.int64)
+    k = (program % blocks).to(tl.int32) * BN + tl.arange(0, BN)
+    split = program // blocks % splits
+    row = program // (blocks * splits)
+    w += row % e * (2 * n)
+    v += row * (2 * n)
+    dk += row * (2 * l)
+    in_n = k < n
+    w_re = tl.load(w + 2 * k, mask=in_n, other=-_FAR)[:, None]
+    w_im = tl.load(w + 2 * k + 1, mask=in_n, other=0.0)[:, None]
+    re, im = tl.load(v + 2 * k, mask=in_n, other=0.0)[:, None], tl.load(v + 2 * k + 1, mask=in_n, other=0.0)[:, None]
+    dv_re, dv_im = tl.zeros((BN, BL), tl.float32), tl.zeros((BN, BL), tl.float32)
+    dw_re, dw_im = tl.zeros((BN, BL), tl.float32), tl.zeros((BN, BL), tl.float32)
+    first = (split * per_split).to(tl.int32)
+    for start in range(first, tl.minimum(first + per_split, l), BL):
+        node = start + tl.arange(0, BL)
+        in_l = node < l
+        z_re = tl.load(z + 2 * node, mask=in_l, other=_FAR)[None, :]
+        z_im = tl.load(z + 2 * node + 1, mask=in_l, other=0.0)[None, :]
+        g = tl.load(dk + 2 * node, mask=in_l, other=0.0)[None, :]
+        h = tl.load(dk + 2 * node + 1, mask=in_l, other=0.0)[None, :]
+        x1, y1, x2, y2 = _reciprocals(z_re, z_im, w_re, w_im)
+        dv_re += g * (x1 + x2) + h * (y1 + y2)
+        dv_im += h * (x1 - x2) - g * (y1 - y2)
+        # conj(1 / (z - w)^2) conj(v) g + conj(v) conj(g) / (z - conj(w))^2
+        real, imag = re * g + im * h, re * h - im * g
+        x, y = x1 * x1 - y1 * y1, 2.0 * x1 * y1
+        dw_re += x * real + y * imag
+        dw_im += x * imag - y * real
+        real, imag = re * g - im * h, -re * h - im * g
+        x, y = x2 * x2 - y2 * y2, 2.0 * x2 * y2
+        dw_re += x * real - y * imag
+        dw_im += x * imag + y * real
+    at = 2 * ((split * parts + row) * n + k)
+    tl.store(dv + at, tl.sum(dv_re, 1), mask=in_n)
+    tl.store(dv + at + 1, tl.sum(dv_im, 1), mask=in_n)
+    tl.store(dw + at, tl.sum(dw_re, 1), mask=in_n)
+    tl.store(dw + at + 1, tl.sum(dw_im, 1), mask=in_n)
+
+
+_KERNEL = {"Q": 128, "BI": 64, "BN": 16}
+_SUMS = {"Q": 64, "BI": 32, "BN": 16}
+_NODES = 256
+# Three products of numbers of 11 bits, which NVIDIA's matrix units take, for one of 22.
+_PRECISION = "ieee" if torch.version.hip else "tf32x3"
+
+
+def vandermonde(C: Tensor, dtA: Tensor, l: int) -> Tensor:
+    m, e, n, _ = C.shape
+    C, dtA = C.to(torch.float32).contiguous(), dtA.contiguous()
+    K = torch.empty(m, e, l, dtype=torch.float32, device=C.device)
+    blocks = triton.cdiv(l, _KERNEL["Q"] * _KERNEL["BI"])
+    with device_of(C):
+        _vandermonde_kernel[(m * e * blocks,)](
+            C, dtA, K, e, n, l, blocks, **_KERNEL, PRECISION=_PRECISION, num_warps=4
+        )  # fmt: skip
+    return K
+
+
+def moments(f: Tensor, dtA: Tensor, weighted: bool) -> tuple[Tensor, Tensor]:
+    m, e, l = f.shape
+    n = dtA.shape[1]
+    f, dtA = rows(f), dtA.contiguous()
+    blocks = triton.cdiv(n, _SUMS["BN"])
+    per_split, splits = _split(m * e * blocks, triton.cdiv(l, _SUMS["Q"]), _SUMS["BI"], f)
+    sums = torch.empty(2 if weighted else 1, splits, m, e, n, 2, dtype=torch.float32, device=f.device)
+    with device_of(f):
+        _moments_kernel[(m * e * splits * blocks,)](
+            f, dtA, sums, e, n, l, per_split, splits, m * e, *f.stride()[:2],
+            WEIGHTED=weighted, **_SUMS, PRECISION=_PRECISION, num_warps=4,
+        )  # fmt: skip
+    totals = [part.sum(0) for part in sums]
+    return totals[0], totals[1] if weighted else f.new_empty(0, dtype=torch.float32)
+
+
+def cauchy(v: Tensor, z: Tensor, w: Tensor) -> Tensor:
+    m, e, n, _ = v.shape
+    l = z.shape[0]
+    v, z, w = (t.to(torch.float32).contiguous() for t in (v, z, w))
+    out = torch.empty(m, e, l, 2, dtype=torch.float32, device=v.device)
+    BM = min(block(m, 1), 4)
+    blocks, groups = triton.cdiv(l, _NODES), triton.cdiv(m, BM)
+    with device_of(v):
+        _cauchy_kernel[(e * blocks * groups,)](
+            v, z, w, out, m, e, n, l, blocks, groups, BM=BM, BL=_NODES, num_warps=4
+        )  # fmt: skip
+    return out
+
+
+def cauchy_backward(dk: Tensor, v: Tensor, z: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+    m, e, n, _ = v.shape
+    l = z.shape[0]
+    wide = [t.to(torch.float32).contiguous() for t in (dk, v, z, w)]
+    BN, BL = min(block(n, 1), 8), 128
+    per_split, splits = _split(m * e * triton.cdiv(n, BN), l, BL, v)
+    dv, dw = (torch.empty(splits, m, e, n, 2, dtype=torch.float32, device=v.device) for _ in range(2))
+    with device_of(v):
+        _cauchy_backward_kernel[(m * e * splits * triton.cdiv(n, BN),)](
+            *wide, dv, dw, e, n, l, per_split, splits, m * e, BN=BN, BL=BL, num_warps=4
+        )  # fmt: skip
+    return dv.sum(0).to(v.dtype), dw.sum((0, 1)).to(w.dtype)
+
+
+def _split(programs: int, length: int, step: int, x: Tensor) -> tuple[int, int]:
+    """The size of the runs that `length` is cut into for the programs to fill the GPU, and how many they are."""
+    splits = segments_of(programs, 4 * processors_of(x), length, step)
+    per_split = triton.cdiv(triton.cdiv(length, splits), step) * step
+    return per_split, triton.cdiv(length, per_split)
