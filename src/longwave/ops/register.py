@@ -20,23 +20,32 @@ Impl = Literal["fused", "reference"]
 _library = torch.library.Library("longwave", "FRAGMENT")
 _on_cuda: set[str] = set()
 
+GLUON_TESTED = (3, 6), (3, 6)
+"""The first and the last version of Triton that the Hopper forms have been tested with."""
+
 
 def define(
-    schema: str, *, fake: Callable[..., Any], cpu: str, cuda: str | None = None, step: bool = False
+    schema: str,
+    *,
+    fake: Callable[..., Any],
+    cpu: str,
+    cuda: str | None = None,
+    hopper: str | None = None,
+    step: bool = False,
 ) -> Callable[..., Any]:
     """Define `longwave::<schema>` and return the callable operator.
 
     `cpu` is 'function' in the module `cpu` beside the caller's, written 'longwave.ops.<op>.cpu:function', and `cuda`
-    likewise in `triton`. `fake` gives empty outputs of the right shapes and dtypes, for tracing. `step`: a one-token
-    operator, called so often that plain CPU tensors go to its launcher directly: the dispatcher takes longer than some
-    of these kernels.
+    likewise in `triton`; `hopper` takes its place on a GPU of compute capability 9 (see `on_hopper`). `fake` gives
+    empty outputs of the right shapes and dtypes, for tracing. `step`: a one-token operator, called so often that plain
+    CPU tensors go to its launcher directly: the dispatcher takes longer than some of these kernels.
     """
     name = schema.split("(", 1)[0]
     launch = _launcher(cpu)
     _library.define(schema)
     _library.impl(name, launch, "CPU")
     if cuda is not None:
-        _library.impl(name, _launcher(cuda), "CUDA")
+        _library.impl(name, _launcher(cuda) if hopper is None else _by_capability(cuda, hopper), "CUDA")
         _on_cuda.add(name.removesuffix("_forward"))
     torch.library.register_fake(f"longwave::{name}", fake, lib=_library)
     operator = getattr(torch.ops.longwave, name).default
@@ -75,6 +84,24 @@ def _launcher(path: str) -> Callable[..., Any]:
         return resolve()(*args)
 
     return launch
+
+
+def _by_capability(cuda: str, hopper: str) -> Callable[..., Any]:
+    portable, special = _launcher(cuda), _launcher(hopper)
+
+    def launch(first: Tensor, *rest: Any) -> Any:
+        return (special if on_hopper(first.device) else portable)(first, *rest)
+
+    return launch
+
+
+@functools.cache
+def on_hopper(device: torch.device) -> bool:
+    """Do the Hopper forms run there? They are written in Gluon, which changes between versions of Triton."""
+    import triton
+
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    return torch.cuda.get_device_capability(device)[0] == 9 and GLUON_TESTED[0] <= version <= GLUON_TESTED[1]
 
 
 def use_kernel(op: str, impl: str, x: Tensor) -> bool:

@@ -26,8 +26,12 @@ def _pass_kernel(
 
 
 def segments_of(programs: int, wanted: int, length: int, least: int) -> int:
-    """Into how many segments of at least `least` steps to cut `length`, for `programs` of them to become `wanted`."""
-    return max(1, min(wanted // programs, length // least))
+    """Into how many segments of at least `least` steps to cut `length`, so that `programs` become `wanted`.
+
+    One, unless they become four times as many: less does not pay for the second pass over the inputs.
+    """
+    segments = min(wanted // programs, length // least)
+    return segments if segments >= 4 else 1
 
 
 def pass_states(ends: Tensor, total: Tensor, initial: Tensor | None, *, reverse: bool) -> tuple[Tensor, Tensor]:

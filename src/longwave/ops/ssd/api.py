@@ -124,6 +124,7 @@ _forward = define(
     fake=_fake_forward,
     cpu="longwave.ops.ssd.cpu:forward",
     cuda="longwave.ops.ssd.triton:forward",
+    hopper="longwave.ops.ssd.hopper:forward",
 )
 _backward = define(
     f"ssd_backward(Tensor dy, Tensor dfinal, {_ARGUMENTS}) -> "
