@@ -8,7 +8,7 @@ from longwave.errors import UsageError
 from longwave.mixers import CHANNELS, MIXERS
 from longwave.models.language_model import LanguageModel
 from longwave.training.config import Optim
-from longwave.training.optim import adamw, decay_groups, lr_factor
+from longwave.training.optim import adamw, decay_groups, lr_factor, set_lr
 
 DECAYED = {
     "mamba": {"in_proj.weight", "conv1d.weight", "x_proj.weight", "dt_proj.weight", "out_proj.weight"},
@@ -20,7 +20,7 @@ DECAYED = {
 def test_what_is_decayed_in_every_mixer(kind):
     layer = (MIXERS | CHANNELS)[kind](64)
     decayed, free = decay_groups(layer)
-    assert set(decayed) | set(free) == {name for name, _ in layer.named_parameters()}
+    assert set(decayed) | set(free) == {name for name, parameter in layer.named_parameters() if parameter.requires_grad}
     assert not set(decayed) & set(free)
     for name in decayed:
         leaf = name.rpartition(".")[2]
@@ -28,9 +28,8 @@ def test_what_is_decayed_in_every_mixer(kind):
         assert "bias" not in leaf
         assert "norm" not in name
     for name, parameter in free.items():
-        leaf = name.rpartition(".")[2]
-        assert leaf in ("A_log", "D", "dt_bias") or "bias" in leaf or "norm" in name, name
-        assert parameter.requires_grad
+        assert parameter.ndim < 2 or getattr(parameter, "_no_weight_decay", False), name
+        assert not name.endswith("proj.weight"), name
     assert set(decayed) == DECAYED.get(kind, set(decayed))
 
 
@@ -83,3 +82,16 @@ def test_wsd_against_its_closed_form():
 def test_bad_values_are_printed(bad, value):
     with pytest.raises(UsageError, match=value):
         Optim.Config(**bad)
+
+
+def test_time_scales_learn_at_their_part_of_the_rate():
+    mixer = MIXERS["s4d"](8)
+    slow = [name for name, parameter in mixer.named_parameters() if getattr(parameter, "_lr_scale", 1.0) != 1.0]
+    assert any("inv_dt" in name or "log_dt" in name for name in slow)
+    optimizer = adamw(mixer, Optim.Config(lr=1.0))
+    set_lr(optimizer, 0.1)
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    for name, parameter in mixer.named_parameters():
+        assert rates[id(parameter)] == pytest.approx(
+            0.1 * (mixer.get_parameter(slow[0])._lr_scale if name in slow else 1)
+        )

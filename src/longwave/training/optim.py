@@ -9,12 +9,17 @@ from longwave.training.config import Optim
 
 
 def adamw(model: nn.Module, config: Optim.Config) -> torch.optim.AdamW:
-    """AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101) with weight decay on the matrices of `model` only."""
+    """AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101) with weight decay on the matrices of `model` only.
+
+    Parameters marked `_lr_scale` learn at that part of the rate: those of S4 and its kin that set time scales, as its
+    authors train them (Gu et al. 2022, arXiv:2206.11893).
+    """
     decayed, free = decay_groups(model)
-    groups = [
-        {"params": list(decayed.values()), "weight_decay": config.weight_decay},
-        {"params": list(free.values()), "weight_decay": 0.0},
-    ]
+    groups = []
+    for parameters, weight_decay in ((decayed.values(), config.weight_decay), (free.values(), 0.0)):
+        for scale in sorted({lr_scale(parameter) for parameter in parameters}, reverse=True):
+            members = [parameter for parameter in parameters if lr_scale(parameter) == scale]
+            groups.append({"params": members, "weight_decay": weight_decay, "lr_scale": scale})
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
 
 
@@ -32,6 +37,11 @@ def decay_groups(model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, n
             spared = marked or parameter.ndim < 2 or id(parameter) in embeddings
             (free if spared else decayed)[name] = parameter
     return decayed, free
+
+
+def lr_scale(parameter: nn.Parameter) -> float:
+    """The part of the learning rate that a parameter is marked with; 1 without a mark."""
+    return getattr(parameter, "_lr_scale", 1.0)
 
 
 def lr_factor(progress: float, config: Optim.Config) -> float:
@@ -53,4 +63,4 @@ def lr_factor(progress: float, config: Optim.Config) -> float:
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group["lr_scale"]
