@@ -53,13 +53,23 @@ def test_error_budget_in_float16(interpreted, name):
     check(name, 3, torch.float16, ())
 
 
-@pytest.mark.parametrize(("name", "knob", "least"), [("ssd", "_SEGMENT_CHUNKS", 1), ("selective_scan", "_SEGMENT", 16)])
-def test_segments_of_l_make_no_difference(interpreted, monkeypatch, name, knob, least):
-    """Few rows and heads: l is cut, and the pieces' states are passed on."""
+@pytest.mark.parametrize(
+    ("name", "knobs"), [("ssd", {"_SEGMENT_CHUNKS": 1, "_SEGMENTS": 2}), ("selective_scan", {"_SEGMENT": 16})]
+)
+def test_segments_of_l_make_no_difference(interpreted, monkeypatch, name, knobs):
+    """Few rows and heads: l is cut, and the pieces' states are passed on, in both directions."""
     module = interpreted(name)
-    monkeypatch.setattr(module, knob, least)
+    for knob, value in knobs.items():
+        monkeypatch.setattr(module, knob, value)
+    directions, pass_states = [], module.pass_states
+    monkeypatch.setattr(
+        module,
+        "pass_states",
+        lambda *given, reverse: directions.append(reverse) or pass_states(*given, reverse=reverse),
+    )
     i = next(i for i, shape in enumerate(samples(name).SHAPES) if shape["l"] == 100)
     check(name, i, torch.float32, ("state", "reset", "lengths"))
+    assert set(directions) == {True, False}
 
 
 @pytest.mark.parametrize("name", sorted({name for name, _ in STATEFUL} & HAVE))

@@ -25,13 +25,18 @@ def _pass_kernel(
     tl.store(final + row * cells + cell, state, mask=inside)
 
 
-def segments_of(programs: int, wanted: int, length: int, least: int) -> int:
+def segments_of(programs: int, wanted: int, length: int, least: int, *, pays: int = 2) -> int:
     """Into how many segments of at least `least` steps to cut `length`, so that `programs` become `wanted`.
 
-    One, unless they become four times as many: less does not pay for the second pass over the inputs.
+    One, if fewer than `pays` would come of it: the inputs are read a second time.
     """
     segments = min(wanted // programs, length // least)
-    return segments if segments >= 4 else 1
+    return segments if segments >= pays else 1
+
+
+def splits_of(heads: int, programs: int, wanted: int) -> int:
+    """In how many parts to take `heads`, for `programs` to become `wanted`: the least divisor that does, or all."""
+    return next((k for k in range(1, heads + 1) if heads % k == 0 and programs * k >= wanted), heads)
 
 
 def pass_states(ends: Tensor, total: Tensor, initial: Tensor | None, *, reverse: bool) -> tuple[Tensor, Tensor]:

@@ -470,6 +470,7 @@ def _step_kernel(
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 _BACKWARD_WARPS = 4
 _SEGMENT_CHUNKS = 64  # fewer than this in a segment of l are not worth the second pass over them
+_SEGMENTS = 4  # and less segments than this not either: two programs share a processor well
 
 
 def forward(x, dt, A, B, C, D, dt_bias, initial_state, reset, lengths, dt_softplus, low, high, chunk_len):
@@ -568,7 +569,7 @@ class _Plan:
         self.chunks = triton.cdiv(l, q)
         processors = processors_of(x)
         self.wanted = 4 * processors
-        segments = segments_of(b * h, 2 * processors, self.chunks, _SEGMENT_CHUNKS)
+        segments = segments_of(b * h, 2 * processors, self.chunks, _SEGMENT_CHUNKS, pays=_SEGMENTS)
         self.per_segment = triton.cdiv(self.chunks, segments)
         self.segments = triton.cdiv(self.chunks, self.per_segment)
         self.flags = {
