@@ -15,7 +15,7 @@ from longwave.mixers.base import reset_children, scaled, takes_dt
 from longwave.mixers.bidirectional import refuse_state
 from longwave.mixers.norm import OuterEpsRMSNorm, RMSNorm
 from longwave.mixers.shared import Shared, SharedState
-from longwave.models.state import State
+from longwave.models.state import State, entering
 
 LAYERS: dict[str, type] = MIXERS | CHANNELS | ENCODERS | CALLERS
 """What a slot can hold, by `kind`."""
@@ -225,16 +225,10 @@ class Stack(nn.ModuleList):
 
         Raises ValueError for a state of another model, UsageError for one given to bidirectional layers.
         """
-        (b, l, _), embedded = x.shape, x
         if state is not None and not self.causal:
             refuse_state()
-        if state is None:
-            before, position = (None,) * len(self), torch.zeros(b, dtype=torch.int64, device=x.device)
-        elif state.fingerprint == self.fingerprint:
-            before, position = state.layers, state.position
-        else:
-            raise ValueError(f"the state is of another model: {state.fingerprint}; this one is {self.fingerprint}")
-        after = []
+        before, position = entering(state, self.fingerprint, len(self), x)
+        l, embedded, after = x.shape[1], x, []
         for i, (block, layer) in enumerate(zip(self, before, strict=True)):
             if i and self.dropout:
                 x = dropout(x, self.dropout, self.training)

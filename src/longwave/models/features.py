@@ -4,17 +4,18 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from longwave.config import from_dict
 from longwave.errors import UsageError
 from longwave.mixers.documents import without_padding
 from longwave.mixers.linear import Linear
 from longwave.models.blocks import NORMS, Stack, check_layers, check_norm, layer_configs, make_block
+from longwave.models.layered import Layered
 from longwave.models.state import State, fingerprint
 
 
-class Features(nn.Module):
+class Features(Layered):
     """Projection, residual slots, norm:
 
         x = W_in x + b_in (if the sizes differ);  x = x + layer_i(norm_i(x)) for each layer;  y = norm_f(x)
@@ -22,6 +23,8 @@ class Features(nn.Module):
     What heads stand on where the input is measured and not spelled. Parameters: in_proj, layers.i.norm, layers.i.mixer,
     norm_f.
     """
+
+    layers: Stack  # pyright: ignore[reportIncompatibleVariableOverride]
 
     @dataclass(frozen=True, kw_only=True)
     class Config:
@@ -60,16 +63,6 @@ class Features(nn.Module):
         self.norm_f = NORMS[config.norm](d_model, eps=config.norm_eps)
         self.layers.fingerprint = fingerprint(config, self)
 
-    @property
-    def fingerprint(self) -> str:
-        """Names the layers and the shapes of the parameters; states carry it."""
-        return self.layers.fingerprint
-
-    @property
-    def causal(self) -> bool:
-        """Whether each y depends on its token and those before it alone; not so with bidirectional layers."""
-        return self.layers.causal
-
     def reset_parameters(self) -> None:
         """Draw all parameters anew. Follows `to_empty` on a module made on the meta device."""
         for child in (self.in_proj, self.layers, self.norm_f):
@@ -105,21 +98,6 @@ class Features(nn.Module):
         return self.norm_f(self.layers.step(self._project(x), state, dt))
 
     hidden_step = step  # as a TokenModel has it beside its own step
-
-    def init_state(
-        self,
-        b: int,
-        *,
-        length: int = 0,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-    ) -> State:
-        """The state of `b` fresh sequences, with room for `length` tokens. `dtype`: the compute dtype."""
-        return self.layers.init_state(b, length, dtype, device or next(self.parameters()).device)
-
-    def state_bytes(self, length: int, dtype: torch.dtype | None = None) -> int:
-        """Bytes of the state of one sequence that has seen `length` tokens, int64 counters left out."""
-        return self.layers.state_bytes(length, dtype)
 
     def flops(self, length: int) -> int:
         """Forward operations on one sequence of `length` tokens, a multiply-add being two; norms are not counted."""

@@ -99,6 +99,18 @@ class State(NamedTuple):
         return State(map_tensors(change, self.layers), change(self.position), self.fingerprint)
 
 
+def entering(state: State | None, fingerprint: str, n: int, like: Tensor) -> tuple[tuple[Any, ...], Tensor]:
+    """The states of n layers and the positions (b,) to go on from, for an input like (b, ...); None: from the start.
+
+    Raises ValueError for a state of another model.
+    """
+    if state is None:
+        return (None,) * n, torch.zeros(len(like), dtype=torch.int64, device=like.device)
+    if state.fingerprint != fingerprint:
+        raise ValueError(f"the state is of another model: {state.fingerprint}; this one is {fingerprint}")
+    return state.layers, state.position
+
+
 def fingerprint(config: Any, model: nn.Module) -> str:
     """Names a model by its configuration and the shapes of its parameters; the same whatever their values and dtype.
 

@@ -1,7 +1,7 @@
 """What models of tokens share: tokens in, the next token's logits out, whatever lies between."""
 
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -9,45 +9,13 @@ from torch import Tensor, nn
 from longwave.mixers.moe import MoE
 from longwave.mixers.norm import RMSNorm
 from longwave.models.blocks import LayerNorm
+from longwave.models.layered import Layered
 from longwave.models.loss import linear_cross_entropy
 from longwave.models.saving import load_model, save_model
 from longwave.models.state import State
 
 
-class Layers(Protocol):
-    """What lies between the embedding and the last norm: a Stack or a UNet."""
-
-    fingerprint: str
-
-    @property
-    def causal(self) -> bool:
-        """Whether each token sees only those before it, so that there is a state to go on from."""
-        ...
-
-    def __call__(
-        self,
-        x: Tensor,
-        state: State | None = None,
-        *,
-        reset: Tensor | None = None,
-        lengths: Tensor | None = None,
-        dt: Tensor | float | None = None,
-    ) -> tuple[Tensor, State]: ...
-
-    def step(self, x: Tensor, state: State, dt: Tensor | float | None = None) -> Tensor: ...
-
-    def init_state(
-        self, b: int, length: int, dtype: torch.dtype | None, device: torch.device | str | None
-    ) -> State: ...
-
-    def state_bytes(self, length: int, dtype: torch.dtype | None) -> int: ...
-
-    def flops(self, length: int) -> int: ...
-
-    def reset_parameters(self) -> None: ...
-
-
-class TokenModel(nn.Module):
+class TokenModel(Layered):
     """logits = lm_head norm_f(layers(embedding[token])), with the call, the loss, the state and the folder around it.
 
     A subclass has a Config and makes the four parts; LanguageModel and SaShiMi are such.
@@ -56,19 +24,8 @@ class TokenModel(nn.Module):
     Config: ClassVar[type]
     config: Any
     embedding: nn.Embedding
-    layers: Layers
     norm_f: RMSNorm | LayerNorm
     lm_head: nn.Linear
-
-    @property
-    def fingerprint(self) -> str:
-        """Names the configuration and the shapes of the parameters; states carry it."""
-        return self.layers.fingerprint
-
-    @property
-    def causal(self) -> bool:
-        """Whether each token's logits depend on it and those before it alone; not so with bidirectional layers."""
-        return self.layers.causal
 
     def forward(
         self,
@@ -148,21 +105,6 @@ class TokenModel(nn.Module):
     def hidden_step(self, tokens: Tensor, state: State, dt: Tensor | float | None = None) -> Tensor:
         """As `step`, but (b, d) before the head."""
         return self._finish(self.layers.step(self._embed(tokens), state, dt))
-
-    def init_state(
-        self,
-        b: int,
-        *,
-        length: int = 0,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-    ) -> State:
-        """The state of `b` fresh sequences, with room for `length` tokens. `dtype`: the compute dtype."""
-        return self.layers.init_state(b, length, dtype, device or self.embedding.weight.device)
-
-    def state_bytes(self, length: int, dtype: torch.dtype | None = None) -> int:
-        """Bytes of the state of one sequence that has seen `length` tokens, int64 counters left out."""
-        return self.layers.state_bytes(length, dtype)
 
     def flops(self, length: int) -> int:
         """Forward operations on one sequence of `length` tokens, a multiply-add being two; norms are not counted."""

@@ -14,7 +14,7 @@ from longwave.mixers.linear import Linear
 from longwave.mixers.nested import map_tensors, tensors
 from longwave.models.blocks import Block
 from longwave.models.rate import Alignment, joined, take
-from longwave.models.state import State
+from longwave.models.state import State, entering
 
 
 class PoolState(NamedTuple):
@@ -126,19 +126,13 @@ class UNet(nn.Module):
         Raises ValueError for a state of another model; UsageError for `reset` where a tier below holds a mixer whose
         state counts (attention), which cannot be made to forget in the middle of a group, and for `dt` (b, l).
         """
-        b, l, _ = x.shape
-        if isinstance(dt, Tensor):
-            raise UsageError("a U-net takes dt as one number: its tiers run at fixed fractions of one rate")
+        dt = _one_rate(dt)
         if reset is not None:
             self._check_forgetful()
-        if state is None:
-            layers, position = (None,) * self._size(0), torch.zeros(b, dtype=torch.int64, device=x.device)
-        elif not self.causal:
+        if state is not None and not self.causal:
             refuse_state()
-        elif state.fingerprint == self.fingerprint:
-            layers, position = state.layers, state.position
-        else:
-            raise ValueError(f"the state is of another model: {state.fingerprint}; this one is {self.fingerprint}")
+        layers, position = entering(state, self.fingerprint, self._size(0), x)
+        l = x.shape[1]
         x, layers = self._run(0, x, layers, {"reset": reset, "lengths": lengths, "dt": dt})
         return x, State(layers, position + (l if lengths is None else lengths), self.fingerprint)
 
@@ -195,9 +189,7 @@ class UNet(nn.Module):
         """x (b, d) -> the same shape; `state` is updated in place. A tier below runs for the rows whose turn it is."""
         if not self.causal:
             refuse_state()
-        if isinstance(dt, Tensor):
-            raise UsageError("a U-net takes dt as one number: its tiers run at fixed fractions of one rate")
-        x = self._step(0, x, state.layers, dt)
+        x = self._step(0, x, state.layers, _one_rate(dt))
         state.position.add_(1)
         return x
 
@@ -311,6 +303,15 @@ class UNet(nn.Module):
                         "the middle of a group, its state would have to forget. Give each document a row of its own, "
                         "with lengths="
                     )
+
+
+def _one_rate(dt: Tensor | float | None) -> float | None:
+    if isinstance(dt, Tensor):
+        raise UsageError(
+            "a U-net takes dt as one number, its tiers running at fixed fractions of one rate; "
+            f"got a tensor {tuple(dt.shape)}"
+        )
+    return dt
 
 
 def _counts(block: Block) -> bool:
