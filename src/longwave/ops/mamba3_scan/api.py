@@ -214,23 +214,26 @@ _TOKENS = "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor trap, Tenso
 _PARAMETERS = "Tensor? B_bias, Tensor? C_bias, Tensor? D, Tensor? mimo_x"
 _STATE = "Tensor angle, Tensor ssm, Tensor k, Tensor v"
 _ARGUMENTS = f"{_TOKENS}, {_PARAMETERS}, {_STATE}, Tensor? reset, Tensor? lengths, bool halves, int? chunk_len"
-_MODULE = "longwave.ops.mamba3_scan.cpu"
+_MODULE = "longwave.ops.mamba3_scan"
 _forward = define(
     f"mamba3_scan_forward({_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=_fake_forward,
-    cpu=f"{_MODULE}:forward",
+    cpu=f"{_MODULE}.cpu:forward",
+    cuda=f"{_MODULE}.triton:forward",
 )
 _backward = define(
     f"mamba3_scan_backward(Tensor dy, Tensor dangle, Tensor dssm, Tensor dk, Tensor dv, {_ARGUMENTS}) -> "
     f"({', '.join(['Tensor'] * 15)})",
     fake=_fake_backward,
-    cpu=f"{_MODULE}:backward",
+    cpu=f"{_MODULE}.cpu:backward",
+    cuda=f"{_MODULE}.triton:backward",
 )
 _step = define(
     "mamba3_scan_step(Tensor(a!) angle, Tensor(b!) ssm, Tensor(c!) k, Tensor(d!) v, "
     f"{_TOKENS}, {_PARAMETERS}, bool halves) -> Tensor",
     fake=_fake_step,
-    cpu=f"{_MODULE}:step",
+    cpu=f"{_MODULE}.cpu:step",
+    cuda=f"{_MODULE}.triton:step",
     step=True,
 )
 

@@ -73,13 +73,20 @@ def rotated(u: Tensor, angle: Tensor, halves: bool) -> Tensor:
     """u (b, r, h, n) with its first s pairs rotated by angle (b, h, s)."""
     n, s = u.shape[-1], angle.shape[-1]
     cos, sin = angle.cos()[:, None], angle.sin()[:, None]
-    first, second = (
-        (u[..., :s], u[..., n // 2 : n // 2 + s]) if halves else u[..., : 2 * s].unflatten(-1, (s, 2)).unbind(-1)
-    )
+    first, second = pairs_of(u, s, halves)
     first, second = first * cos - second * sin, first * sin + second * cos
     if halves:
         return torch.cat([first, u[..., s : n // 2], second, u[..., n // 2 + s :]], dim=-1)
     return torch.cat([torch.stack([first, second], dim=-1).flatten(-2), u[..., 2 * s :]], dim=-1)
+
+
+def pairs_of(u: Tensor, s: int, halves: bool) -> tuple[Tensor, Tensor]:
+    """The first and the second channels of the pairs that are rotated, both (..., s)."""
+    if halves:
+        middle = u.shape[-1] // 2
+        return u[..., :s], u[..., middle : middle + s]
+    first, second = u[..., : 2 * s].unflatten(-1, (s, 2)).unbind(-1)
+    return first, second
 
 
 def _per_head(u: Tensor, bias: Tensor | None, h: int) -> Tensor:
