@@ -11,7 +11,7 @@ from torch.nn.functional import gelu, layer_norm
 from longwave.errors import LongwaveError, UsageError
 from longwave.hub import hyena
 from longwave.hub.export import export
-from longwave.hub.load import load
+from longwave.hub.load import find_family, load
 from longwave.mixers import MLP, Hyena, Mamba2
 from longwave.models.language_model import LanguageModel
 
@@ -234,6 +234,12 @@ def test_what_is_not_supported_is_named(tmp_path, change, named):
     folder = write(tmp_path / "theirs", {}, PUBLISHED | change)
     with pytest.raises(UsageError, match=named):
         load(folder)
+
+
+def test_without_d_inner_the_mlp_is_four_times_as_wide():
+    config = {name: value for name, value in PUBLISHED.items() if name != "d_inner"}
+    assert find_family(config) is hyena
+    assert hyena.config_from(config).layers[1].d_inner == 4 * config["d_model"]
 
 
 def test_what_the_format_cannot_express(tmp_path):

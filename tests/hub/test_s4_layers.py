@@ -215,6 +215,8 @@ def test_what_does_not_fit_is_listed():
 def test_bad_requests():
     with pytest.raises(UsageError, match=r"'s4e'.*Did you mean 's4"):
         load_layer({}, "s4e")
+    with pytest.raises(UsageError, match=r"'s4' have no setting 'glue'.*'glu'"):
+        load_layer({}, "s4", glue=True)
     with pytest.raises(LongwaveError, match=r"'m\.', read as s4d, has no tensor layer\.kernel\.C"):
         load_layer(published("s4d"), "s4d", prefix="m.")
     with pytest.raises(LongwaveError, match=r"kernel\.C with 4 axes, \[1, 6, 4, 2\]; expected 3"):

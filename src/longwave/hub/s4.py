@@ -10,6 +10,7 @@ Their checkpoints are of whole training runs and have no config.json, so what is
 Sizes are read off the tensors; what they do not tell is given as the mixer's own settings.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -40,15 +41,19 @@ def load_layer(tensors: Mapping[str, Tensor], kind: str, *, prefix: str = "", **
     S4's stored C is C~ = (I - Abar^l)^T C for the length l = l_kernel, or C itself where that is 0. C is solved for in
     float64: the mixer's kernel is the published one at every length up to l, and goes on beyond.
 
-    Raises UsageError for an unknown kind; LongwaveError, the first ten missing, left over and mis-shaped tensors
-    listed, where names or shapes are others than the kind's.
+    Raises UsageError for an unknown kind or setting; LongwaveError, the first ten missing, left over and mis-shaped
+    tensors listed, where names or shapes are others than the kind's.
     """
     layer = _known(kind)
+    cls: Any = layer.mixer
+    fields = [field.name for field in dataclasses.fields(cls.Config)]
+    for name in settings:
+        if name not in fields:
+            raise UsageError(f"layers of kind {kind!r} have no setting {name!r}.{nearest(name, fields)}")
     found = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
     found = {name: tensor for name, tensor in found.items() if not name.startswith(layer.ignored)}
     where = f"the layer {prefix!r}, read as {kind},"
     d_model, sizes = layer.sizes(_Shapes(found, where), settings)
-    cls: Any = layer.mixer
     with torch.device("meta"):
         mixer = cls(d_model, cls.Config(**sizes | settings))
     mixer = mixer.to(found[layer.reads].dtype)
@@ -117,7 +122,7 @@ class _Kind(NamedTuple):
     mixer: type[S4] | type[S4D] | type[S5]
     rename: Rename
     reads: str  # a tensor that is always there
-    sizes: Callable[["_Shapes", Mapping[str, Any]], tuple[int, dict[str, Any]]]  # d_model and settings, from settings
+    sizes: Callable[[_Shapes, Mapping[str, Any]], tuple[int, dict[str, Any]]]  # d_model and settings, from settings
     check: Callable[[Any], None]
     ignored: tuple[str, ...] = ()
 
