@@ -8,7 +8,7 @@ import importlib.util
 
 import pytest
 import torch
-from test_ops import CASES, STATEFUL, cast, inputs, samples, within_budget
+from test_ops import CASES, STATEFUL, cast, flattened, inputs, samples, tensors, within_budget
 
 from longwave.ops import OPS
 
@@ -54,7 +54,12 @@ def test_error_budget_in_float16(interpreted, name):
 
 
 @pytest.mark.parametrize(
-    ("name", "knobs"), [("ssd", {"_SEGMENT_CHUNKS": 1, "_SEGMENTS": 2}), ("selective_scan", {"_SEGMENT": 16})]
+    ("name", "knobs"),
+    [
+        ("ssd", {"_SEGMENT_CHUNKS": 1, "_SEGMENTS": 2}),
+        ("mamba3_scan", {"_SEGMENT_CHUNKS": 1, "_SEGMENTS": 2, "processors_of": lambda x: 16}),
+        ("selective_scan", {"_SEGMENT": 16}),
+    ],
 )
 def test_segments_of_l_make_no_difference(interpreted, monkeypatch, name, knobs):
     """Few rows and heads: l is cut, and the pieces' states are passed on, in both directions."""
@@ -67,7 +72,7 @@ def test_segments_of_l_make_no_difference(interpreted, monkeypatch, name, knobs)
         "pass_states",
         lambda *given, reverse: directions.append(reverse) or pass_states(*given, reverse=reverse),
     )
-    i = next(i for i, shape in enumerate(samples(name).SHAPES) if shape["l"] == 100)
+    i = max(range(len(samples(name).SHAPES)), key=lambda i: samples(name).SHAPES[i]["l"])
     check(name, i, torch.float32, ("state", "reset", "lengths"))
     assert set(directions) == {True, False}
 
@@ -76,11 +81,11 @@ def test_segments_of_l_make_no_difference(interpreted, monkeypatch, name, knobs)
 def test_padding_cannot_leak(interpreted, name):
     interpreted(name)
     kwargs = cast(inputs(name, 1, lengths=True, reset=True), torch.float32)
-    b, l = kwargs["x"].shape[:2]
+    b, l = next(iter(kwargs.values())).shape[:2]
     padding = torch.arange(l) >= kwargs["lengths"][:, None]
     poisoned = dict(kwargs)
-    for key, value in kwargs.items():
-        if isinstance(value, torch.Tensor) and value.is_floating_point() and value.shape[:2] == (b, l):
+    for key, value in tensors(kwargs).items():
+        if value.shape[:2] == (b, l):
             mask = padding.view(b, l, *[1] * (value.ndim - 2))
             poisoned[key] = torch.where(mask, torch.nan, value.detach()).requires_grad_()
     y, final = OPS[name](**poisoned)
@@ -88,19 +93,21 @@ def test_padding_cannot_leak(interpreted, name):
     torch.testing.assert_close(y, expected_y, rtol=0, atol=0)
     torch.testing.assert_close(final, expected_final, rtol=0, atol=0)
     assert (y[padding] == 0).all()
-    (y.sum() + final.sum()).backward()
+    torch.stack([out.sum() for out in flattened((y, final))]).sum().backward()
     for value in poisoned.values():
         if isinstance(value, torch.Tensor) and value.requires_grad:
             assert torch.isfinite(value.grad).all()
 
 
-@pytest.mark.parametrize("name", sorted(HAVE & {"ssd", "selective_scan", "causal_conv1d"}))
+@pytest.mark.parametrize(
+    "name", sorted(HAVE & {"ssd", "mamba3_scan", "selective_scan", "causal_conv1d", "diagonal_scan"})
+)
 def test_step(interpreted, name):
     """A step equals the reference on one token, and updates the state in place."""
     module = interpreted(name)
     kwargs = inputs(name, 1, torch.float32, state=True)
     state = kwargs.pop("initial_state")
-    b, l = kwargs["x"].shape[:2]
+    b, l = next(iter(kwargs.values())).shape[:2]
     first = {
         key: value[:, :1] if isinstance(value, torch.Tensor) and value.shape[:2] == (b, l) else value
         for key, value in kwargs.items()

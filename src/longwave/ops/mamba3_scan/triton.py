@@ -275,9 +275,9 @@ def _states_kernel(
     for k in range(count):
         chunk = start + (count - 1 - k if REVERSE else k)
         if STORE:
-            to, kind = states + (bh * chunks + chunk) * (2 * M * P), states.dtype.element_ty
-            tl.store(to + cell, state_1.to(kind), mask=(i_m < M)[:, None] & in_p)
-            tl.store(to + M * P + cell, state_2.to(kind), mask=(i_m < M)[:, None] & in_p)
+            to = states + (bh * chunks + chunk) * (2 * M * P) + cell
+            tl.store(to, state_1.to(DTYPE), mask=(i_m < M)[:, None] & in_p)
+            tl.store(to + M * P, state_2.to(DTYPE), mask=(i_m < M)[:, None] & in_p)
         at = bh * (chunks * T) + chunk * T
         w, _, from_start, to_end, whole, number = chunk_weights(
             weight, decay, document, at, row * (chunks * T) + chunk * T, t, T, RESET
@@ -792,6 +792,7 @@ def _step_kernel(
 
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 _SEGMENT_CHUNKS = 64  # fewer than this in a segment of l are not worth the second pass over them
+_SEGMENTS = 4  # and less segments than this not either
 _HEADS = 8  # that share the angles' rates when these are added up
 
 
@@ -913,7 +914,7 @@ class _Plan:
         self.chunks = triton.cdiv(l, tokens)
         processors = processors_of(x)
         self.wanted = 4 * processors
-        segments = segments_of(b * h, 2 * processors, self.chunks, _SEGMENT_CHUNKS)
+        segments = segments_of(b * h, 2 * processors, self.chunks, _SEGMENT_CHUNKS, pays=_SEGMENTS)
         self.per_segment = triton.cdiv(self.chunks, segments)
         self.segments = triton.cdiv(self.chunks, self.per_segment)
         given = {"RESET": reset is not None, "LENGTHS": lengths is not None}
