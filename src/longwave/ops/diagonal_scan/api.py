@@ -151,6 +151,7 @@ _forward = define(
     f"diagonal_scan_forward({_ARGUMENTS}) -> (Tensor, Tensor, Tensor)",
     fake=_fake_forward,
     cpu="longwave.ops.diagonal_scan.cpu:forward",
+    cuda="longwave.ops.diagonal_scan.triton:forward",
 )
 _backward = define(
     # The gradients of u to initial_state; empty where there was none.
@@ -158,12 +159,14 @@ _backward = define(
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=_fake_backward,
     cpu="longwave.ops.diagonal_scan.cpu:backward",
+    cuda="longwave.ops.diagonal_scan.triton:backward",
 )
 _step = define(
     "diagonal_scan_step(Tensor(a!) state, Tensor u, Tensor dt, Tensor A, Tensor? B, Tensor? C, Tensor? D, str method) "
     "-> Tensor",
     fake=lambda state, u, *rest: u.new_empty(u.shape),
     cpu="longwave.ops.diagonal_scan.cpu:step",
+    cuda="longwave.ops.diagonal_scan.triton:step",
     step=True,
 )
 
