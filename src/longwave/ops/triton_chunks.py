@@ -27,3 +27,14 @@ def chunk_weights(sizes, decay, document, at, row_at, t, Q: tl.constexpr, RESET:
     else:
         number = t
     return size, s, from_start, to_end, whole, number
+
+
+@triton.jit
+def over_ranks(u, T: tl.constexpr, RB: tl.constexpr):
+    """Sums of rows (q,) or (q, m) that belong to one token."""
+    if RB == 1:
+        return u
+    elif len(u.shape) == 1:
+        return tl.sum(tl.reshape(u, (T, RB)), 1)
+    else:
+        return tl.sum(tl.reshape(u, (T, RB, u.shape[1])), 1)

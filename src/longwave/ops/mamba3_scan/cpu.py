@@ -24,7 +24,6 @@ import torch
 from torch import Tensor
 
 from longwave.ops.checks import state_dtype
-from longwave.ops.mamba3_scan.trapezoid import Trapezoid
 from longwave.ops.numba_chunks import (
     add,
     add_upper_product,
@@ -47,6 +46,7 @@ from longwave.ops.numba_rotation import rotate, rotate_back, rotate_token, turn,
 from longwave.ops.openmp import carray, next_ticket, pointer, region, run
 from longwave.ops.rows import flat
 from longwave.ops.threads import parallel_for
+from longwave.ops.trapezoid import Trapezoid
 
 _CHUNK = 64  # tokens, for one rank
 _CHUNK_OF_RANKS = 32

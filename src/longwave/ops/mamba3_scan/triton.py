@@ -8,10 +8,7 @@ gamma_j for itself. With s the cumulative sum of dt A inside a chunk, and H the 
 
 A row of a block is one rank of one token, so that ranks are only more rows: those of one token meet with gamma.
 
-A product over n does not ask for an order of channels. The rotated pairs are kept as their first and their second
-channels, M of each, side by side: a state is two blocks (M, p), and a rotation is arithmetic between two registers.
-Angles count in turns, of which only the fraction matters. In memory are the angle of each token of a chunk, counted
-from the chunk's or the document's start (int16 for 16-bit inputs: 2^-16 of a turn), and that at each chunk's start.
+The first and the second channels of the pairs (`triton_rotation`), M of each, are two blocks, and so is the state.
 
 The backward pass: with X(a, b) = a_1 b_2 - a_2 b_1 of a pair's channels, a phase's gradient is X(k, dk) + X(q, dq), and
 an angle's the sum of these over all later tokens. It makes no difference whether these turn, or the state that they are
@@ -26,13 +23,25 @@ import triton.language as tl
 from torch import Tensor
 
 from longwave.ops.mamba3_scan.reference import pairs_of
-from longwave.ops.mamba3_scan.trapezoid import Trapezoid
-from longwave.ops.triton_chunks import chunk_weights
-from longwave.ops.triton_math import LOG2E, block, cos_sin, device_of, processors_of, rows
+from longwave.ops.trapezoid import Trapezoid
+from longwave.ops.triton_chunks import chunk_weights, over_ranks
+from longwave.ops.triton_math import LOG2E, block, device_of, processors_of, rows
+from longwave.ops.triton_rotation import (
+    TURNS,
+    angles_kernel,
+    channels,
+    circle,
+    fraction,
+    last_kernel,
+    later_turns,
+    partners,
+    phases_kernel,
+    rotate,
+    rotated,
+    rotated_row,
+    turns_kernel,
+)
 from longwave.ops.triton_segments import pass_states, segments_of, splits_of
-
-TURNS = tl.constexpr(0.15915494309189535)  # of a radian
-FIXED = tl.constexpr(65536.0)  # int16 of a turn
 
 
 @triton.jit
@@ -70,136 +79,6 @@ def _sizes_kernel(
 
 
 @triton.jit
-def _within(value, begins, later, later_begins):
-    """Of a sum that starts anew where `begins`."""
-    return later + tl.where(later_begins != 0, 0.0, value), begins | later_begins
-
-
-@triton.jit
-def _fraction(turns):
-    return turns - tl.floor(turns + 0.5)
-
-
-@triton.jit
-def _phases_kernel(
-    dt, angles, reset, lengths, phases, turns, l, chunks, h, s,
-    stride_tb, stride_tl, stride_th, stride_ab, stride_al, stride_rb, stride_rl,
-    RESET: tl.constexpr, LENGTHS: tl.constexpr, T: tl.constexpr, BS: tl.constexpr, BH: tl.constexpr,
-):  # fmt: skip
-    """Turns since the chunk's or the document's start (b, h, chunks T, s), and at the chunk's end (b, h, chunks, s)."""
-    blocks = tl.cdiv(h, BH)
-    i, first = tl.program_id(0) // blocks, (tl.program_id(0) % blocks) * BH
-    row, chunk = (i // chunks).to(tl.int64), i % chunks
-    t, j = tl.arange(0, T), tl.arange(0, BS)
-    token, in_s = chunk * T + t, (j < s)[None, :]
-    end = tl.load(lengths + row).to(tl.int32) if LENGTHS else l
-    real, place = token < end, token.to(tl.int64)
-    kind = turns.dtype.element_ty
-    rate = tl.load(
-        angles + row * stride_ab + place[:, None] * stride_al + j[None, :], mask=real[:, None] & in_s, other=0.0
-    )
-    rate = rate.to(kind) * TURNS
-    if RESET:
-        begins = tl.load(reset + row * stride_rb + place * stride_rl, mask=real, other=0).to(tl.int32)
-        begins = tl.broadcast_to(begins[:, None], (T, BS))
-    for head in range(first, tl.minimum(first + BH, h)):
-        size = tl.load(dt + row * stride_tb + place * stride_tl + head * stride_th, mask=real, other=0.0).to(kind)
-        value = _fraction(rate * size[:, None])
-        if RESET:
-            value, _ = tl.associative_scan((value, begins), 0, _within)
-        else:
-            value = tl.cumsum(value, 0)
-        value = _fraction(value)
-        at = (row * h + head) * chunks + chunk
-        tl.store(turns + at * s + j, tl.sum(tl.where(t[:, None] == T - 1, value, 0.0), 0), mask=j < s)
-        if phases.dtype.element_ty == tl.int16:
-            value = tl.floor(value * FIXED + 0.5).to(tl.int32)
-        tl.store(phases + at * T * s + t[:, None] * s + j[None, :], value.to(phases.dtype.element_ty), mask=in_s)
-
-
-@triton.jit
-def _turns_kernel(
-    turns, document, angle, bases, chunks, h, s,
-    RESET: tl.constexpr, T: tl.constexpr, BC: tl.constexpr, BS: tl.constexpr,
-):  # fmt: skip
-    """Turns before each chunk and after the last one (b, h, chunks + 1, s)."""
-    bh = tl.program_id(0).to(tl.int64)
-    j, c = tl.arange(0, BS), tl.arange(0, BC)
-    turned = _fraction(tl.load(angle + bh * s + j, mask=j < s, other=0.0).to(tl.float64) * TURNS)
-    tl.store(bases + bh * (chunks + 1) * s + j, turned.to(tl.float32), mask=j < s)
-    for first in range(0, chunks, BC):
-        chunk = first + c
-        mask = (chunk < chunks)[:, None] & (j < s)[None, :]
-        value = tl.load(turns + (bh * chunks + chunk[:, None]) * s + j[None, :], mask=mask, other=0.0).to(tl.float64)
-        if RESET:
-            last = tl.load(document + (bh // h * chunks + chunk) * T + T - 1, mask=chunk < chunks, other=0)
-            value, begun = tl.associative_scan((value, tl.broadcast_to(last[:, None], (BC, BS))), 0, _within)
-            value += tl.where(begun != 0, 0.0, turned[None, :])
-        else:
-            value = tl.cumsum(value, 0) + turned[None, :]
-        value = _fraction(value)
-        tl.store(bases + (bh * (chunks + 1) + 1 + chunk[:, None]) * s + j[None, :], value.to(tl.float32), mask=mask)
-        turned = tl.sum(tl.where(c[:, None] == BC - 1, value, 0.0), 0)
-
-
-@triton.jit
-def _channels(N: tl.constexpr, BM: tl.constexpr, HALVES: tl.constexpr):
-    """The first and the second channels of the pairs, and which of these there are."""
-    i = tl.arange(0, BM)
-    if HALVES:
-        first, second = i, i + N // 2
-        return first, second, i < N // 2, i < N // 2
-    else:
-        first, second = 2 * i, 2 * i + 1
-        return first, second, first < N, second < N
-
-
-@triton.jit
-def _circle(phases, bases, at, base_at, t, number, S: tl.constexpr, BM: tl.constexpr, RESET: tl.constexpr):
-    """cos and sin (q, BM) of the tokens t of the chunk that begins at `at`; of 0 for pairs that are not rotated."""
-    j = tl.arange(0, BM)
-    phase = tl.load(phases + at * S + (t[:, None] * S + j[None, :]), mask=(j < S)[None, :], other=0).to(tl.float32)
-    base = tl.load(bases + base_at * S + j, mask=j < S, other=0.0)[None, :]
-    phase *= 4.0 / FIXED if phases.dtype.element_ty == tl.int16 else 4.0
-    phase += tl.where(number[:, None] == 0, base, 0.0) * 4.0 if RESET else base * 4.0
-    quarter = tl.floor(phase + 0.5)
-    cosine, _, sine = cos_sin(quarter, phase - quarter)
-    return cosine, sine
-
-
-@triton.jit
-def _rotate(first, second, cosine, sine):
-    return first * cosine - second * sine, first * sine + second * cosine
-
-
-@triton.jit
-def _rotated(
-    u, bias, at, real, rank, cosine, sine,
-    N: tl.constexpr, RB: tl.constexpr, BM: tl.constexpr, HALVES: tl.constexpr,
-):  # fmt: skip
-    """Rows of B or C at `at`, with `bias` (r, N), rotated: the pairs' first and second channels (q, BM) in float32."""
-    if HALVES:
-        i, _, mask, _ = _channels(N, BM, HALVES)
-        cells, mask = at[:, None] + i[None, :], real[:, None] & mask[None, :]
-        first = tl.load(u + cells, mask=mask, other=0.0).to(tl.float32)
-        second = tl.load(u + N // 2 + cells, mask=mask, other=0.0).to(tl.float32)
-        if bias is not None:
-            cells = (rank[:, None] if RB > 1 else 0) * N + i[None, :]
-            here = (i < N // 2)[None, :]
-            first = tl.where(mask, first + tl.load(bias + cells, mask=here, other=0.0).to(tl.float32), 0.0)
-            second = tl.where(mask, second + tl.load(bias + N // 2 + cells, mask=here, other=0.0).to(tl.float32), 0.0)
-    else:
-        i = tl.arange(0, 2 * BM)
-        mask = real[:, None] & (i < N)[None, :]
-        both = tl.load(u + at[:, None] + i[None, :], mask=mask, other=0.0).to(tl.float32)
-        if bias is not None:
-            cells = (rank[:, None] if RB > 1 else 0) * N + i[None, :]
-            both = tl.where(mask, both + tl.load(bias + cells, mask=(i < N)[None, :], other=0.0).to(tl.float32), 0.0)
-        first, second = tl.split(tl.reshape(both, (both.shape[0], BM, 2)))
-    return _rotate(first, second, cosine, sine)
-
-
-@triton.jit
 def _values(x, mimo_x, at, real, rank, P: tl.constexpr, RB: tl.constexpr, BP: tl.constexpr):
     """Rows of v (q, BP): x, times mimo_x (r, P), zero where they are not real."""
     i_p = tl.arange(0, BP)
@@ -215,17 +94,6 @@ def _scale(mimo_x, real, rank, P: tl.constexpr, RB: tl.constexpr, BP: tl.constex
     i_p = tl.arange(0, BP)
     mask = real[:, None] & (i_p < P)[None, :]
     return tl.load(mimo_x + rank[:, None] * P + i_p[None, :], mask=mask, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _over_ranks(u, T: tl.constexpr, RB: tl.constexpr):
-    """Sums of rows (q,) or (q, m) that belong to one token."""
-    if RB == 1:
-        return u
-    elif len(u.shape) == 1:
-        return tl.sum(tl.reshape(u, (T, RB)), 1)
-    else:
-        return tl.sum(tl.reshape(u, (T, RB, u.shape[1])), 1)
 
 
 @triton.jit
@@ -249,7 +117,7 @@ def _states_kernel(
     M: tl.constexpr = (N + 1) // 2
     i_m, i_p, i = tl.arange(0, BM), tl.arange(0, BP), tl.arange(0, T * RB)
     t, rank = i // RB, i % RB
-    first, second, in_first, in_second = _channels(N, BM, HALVES)
+    first, second, in_first, in_second = channels(N, BM, HALVES)
     in_p = (i_p < P)[None, :]
     in_first, in_second = in_first[:, None] & in_p, in_second[:, None] & in_p
     first, second = i_p[None, :] * N + first[:, None], i_p[None, :] * N + second[:, None]
@@ -284,8 +152,8 @@ def _states_kernel(
         )
         scale = from_start if REVERSE else to_end * w
         real = (chunk * T + t < end) & (rank < R)
-        cosine, sine = _circle(phases, bases, at, bh * (chunks + 1) + chunk, t, number, S, BM, RESET)
-        u_1, u_2 = _rotated(u, bias, t * stride_ul + rank * stride_ur, real, rank, cosine, sine, N, RB, BM, HALVES)
+        cosine, sine = circle(phases, bases, at, bh * (chunks + 1) + chunk, t, number, S, BM, RESET)
+        u_1, u_2 = rotated(u, bias, t * stride_ul + rank * stride_ur, real, rank, cosine, sine, N, RB, BM, HALVES)
         v = _values(x, mimo_x, t * stride_xl + rank * stride_xr, real, rank, P, RB, BP)
         v = (v.to(tl.float32) * scale[:, None]).to(DTYPE)
         state_1 = tl.dot(tl.trans(u_1.to(DTYPE)), v, state_1 * whole, input_precision=PRECISION)
@@ -315,7 +183,7 @@ def _forward_kernel(
     row, head = bh // h, bh % h
     i_p, i = tl.arange(0, BP), tl.arange(0, T * RB)
     t, rank = i // RB, i % RB
-    first, second, in_first, in_second = _channels(N, BM, HALVES)
+    first, second, in_first, in_second = channels(N, BM, HALVES)
     in_p = (i_p < P)[None, :]
     in_first, in_second = in_first[:, None] & in_p, in_second[:, None] & in_p
     first, second = i_p[None, :] * N + first[:, None], i_p[None, :] * N + second[:, None]
@@ -342,21 +210,22 @@ def _forward_kernel(
         )
         own = tl.load(gamma + at + t)
         real = (chunk * T + t < end) & (rank < R)
-        cosine, sine = _circle(phases, bases, at, bh * (chunks + 1) + chunk, t, number, S, BM, RESET)
+        cosine, sine = circle(phases, bases, at, bh * (chunks + 1) + chunk, t, number, S, BM, RESET)
         v = _values(x, mimo_x, t * stride_xl, real, rank, P, RB, BP)
-        k_1, k_2 = _rotated(B, B_bias, t * stride_Bl + rank * stride_Br, real, rank, cosine, sine, N, RB, BM, HALVES)
-        q_1, q_2 = _rotated(C, C_bias, t * stride_Cl + rank * stride_Cr, real, rank, cosine, sine, N, RB, BM, HALVES)
+        k_1, k_2 = rotated(B, B_bias, t * stride_Bl + rank * stride_Br, real, rank, cosine, sine, N, RB, BM, HALVES)
+        q_1, q_2 = rotated(C, C_bias, t * stride_Cl + rank * stride_Cr, real, rank, cosine, sine, N, RB, BM, HALVES)
         k_1, k_2, q_1, q_2 = tl.trans(k_1.to(DTYPE)), tl.trans(k_2.to(DTYPE)), q_1.to(DTYPE), q_2.to(DTYPE)
-        y_t = tl.dot(q_1, state_1.to(DTYPE), input_precision=PRECISION)
-        y_t = tl.dot(q_2, state_2.to(DTYPE), y_t, input_precision=PRECISION) * from_start[:, None]
+        pairs = tl.dot(q_1, k_1, input_precision=PRECISION)
+        pairs = tl.dot(q_2, k_2, pairs, input_precision=PRECISION)
         seen = t[:, None] > t[None, :]
         if RESET:
             seen = seen & (number[:, None] == number[None, :])
         factor = tl.exp2(tl.where(seen, (s[:, None] - s[None, :]).to(tl.float32), -float("inf"))) * w[None, :]
         factor = tl.where(t[:, None] == t[None, :], own[None, :], factor)
-        pairs = tl.dot(q_1, k_1, input_precision=PRECISION)
-        pairs = tl.dot(q_2, k_2, pairs, input_precision=PRECISION) * factor
-        y_t = tl.dot(pairs.to(DTYPE), v, y_t, input_precision=PRECISION)
+        pairs = (pairs * factor).to(DTYPE)
+        y_t = tl.dot(q_1, state_1.to(DTYPE), input_precision=PRECISION)
+        y_t = tl.dot(q_2, state_2.to(DTYPE), y_t, input_precision=PRECISION) * from_start[:, None]
+        y_t = tl.dot(pairs, v, y_t, input_precision=PRECISION)
         if D is not None:
             y_t += skip * v.to(tl.float32)
         tl.store(
@@ -404,11 +273,11 @@ def _of_values(
             weight, decay, document, at, row * (chunks * T) + start, t, T, RESET
         )
         own = tl.load(gamma + at + t)
-        cosine, sine = _circle(phases, bases, at, bh * (chunks + 1) + chunk, t, number, S, BM, RESET)
+        cosine, sine = circle(phases, bases, at, bh * (chunks + 1) + chunk, t, number, S, BM, RESET)
         bias = None if B_bias is None else B_bias + head * (R * N)
-        k_1, k_2 = _rotated(B, bias, t * stride_Bl + rank * stride_Br, real, rank, cosine, sine, N, RB, BM, HALVES)
+        k_1, k_2 = rotated(B, bias, t * stride_Bl + rank * stride_Br, real, rank, cosine, sine, N, RB, BM, HALVES)
         bias = None if C_bias is None else C_bias + head * (R * N)
-        q_1, q_2 = _rotated(C, bias, t * stride_Cl + rank * stride_Cr, real, rank, cosine, sine, N, RB, BM, HALVES)
+        q_1, q_2 = rotated(C, bias, t * stride_Cl + rank * stride_Cr, real, rank, cosine, sine, N, RB, BM, HALVES)
         k_1, k_2, q_1, q_2 = k_1.to(DTYPE), k_2.to(DTYPE), q_1.to(DTYPE), q_2.to(DTYPE)
         scale = None if mimo_x is None else mimo_x + head * (R * P)
         v = _values(x + (head * stride_xh + start * stride_xl), scale, t * stride_xl, real, rank, P, RB, BP)
@@ -475,13 +344,13 @@ def _of_values(
         inside_l = start.to(tl.int32) + each < l
         tl.store(
             dx + ((row * l + start) * h + head) * P + (each[:, None] * (h * P) + i_p[None, :]),
-            _over_ranks(dv, T, RB).to(dx.dtype.element_ty),
+            over_ranks(dv, T, RB).to(dx.dtype.element_ty),
             mask=inside_l[:, None] & in_p,
         )
         to = (row * l + start) * h + head + each * h
-        tl.store(ddtA + to, _over_ranks(tl.where(rank == 0, ds, 0.0), T, RB), mask=inside_l)
-        tl.store(dgamma + to, _over_ranks(own_gradient, T, RB), mask=inside_l)
-        tl.store(dweight + to, _over_ranks(w_gradient, T, RB), mask=inside_l)
+        tl.store(ddtA + to, over_ranks(tl.where(rank == 0, ds, 0.0), T, RB), mask=inside_l)
+        tl.store(dgamma + to, over_ranks(own_gradient, T, RB), mask=inside_l)
+        tl.store(dweight + to, over_ranks(w_gradient, T, RB), mask=inside_l)
 
 
 @triton.jit
@@ -501,7 +370,7 @@ def _of_rotated(
     M: tl.constexpr = (N + 1) // 2
     i_m, i_p, i, each = tl.arange(0, BM), tl.arange(0, BP), tl.arange(0, T * RB), tl.arange(0, T)
     t, rank = i // RB, i % RB
-    first, second, in_first, in_second = _channels(N, BM, HALVES)
+    first, second, in_first, in_second = channels(N, BM, HALVES)
     inside = (i_m < M)[None, :] & (i_p < P)[:, None]
     start = chunk * T
     token = start.to(tl.int32) + t
@@ -539,14 +408,14 @@ def _of_rotated(
         state_2 = tl.load(states + M * P + cell, mask=inside, other=0.0)
         du_1 = tl.dot(given, state_1, input_precision=PRECISION)
         du_2 = tl.dot(given, state_2, input_precision=PRECISION)
-        cosine, sine = _circle(phases, bases, at, bh * (chunks + 1) + chunk, t, number, S, BM, RESET)
+        cosine, sine = circle(phases, bases, at, bh * (chunks + 1) + chunk, t, number, S, BM, RESET)
         bias = None if u_bias is None else u_bias + head * (R * N)
-        u_1, u_2 = _rotated(u, bias, t * stride_ul + rank * stride_ur, real, rank, cosine, sine, N, RB, BM, HALVES)
+        u_1, u_2 = rotated(u, bias, t * stride_ul + rank * stride_ur, real, rank, cosine, sine, N, RB, BM, HALVES)
         if not OF_C:
             cross = tl.sum(u_1 * du_2 - u_2 * du_1, 0)
             tl.store(crossed + (bh * chunks + chunk) * S + i_m, cross, mask=i_m < S)
         bias = None if other_bias is None else other_bias + head * (R * N)
-        o_1, o_2 = _rotated(other, bias, t * stride_ol + rank * stride_or, real, rank, cosine, sine, N, RB, BM, HALVES)
+        o_1, o_2 = rotated(other, bias, t * stride_ol + rank * stride_or, real, rank, cosine, sine, N, RB, BM, HALVES)
         du_1 = tl.dot(pairs, o_1.to(DTYPE), du_1, input_precision=PRECISION)
         du_2 = tl.dot(pairs, o_2.to(DTYPE), du_2, input_precision=PRECISION)
         if not OF_C:
@@ -556,13 +425,13 @@ def _of_rotated(
             du_1 += tl.load(dlast + cells + first[None, :], mask=mask, other=0.0).to(tl.float32)
             mask = at_last[:, None] & in_second[None, :]
             du_2 += tl.load(dlast + cells + second[None, :], mask=mask, other=0.0).to(tl.float32)
-        dphase = _over_ranks(u_1 * du_2 - u_2 * du_1, T, RB)
+        dphase = over_ranks(u_1 * du_2 - u_2 * du_1, T, RB)
         tl.store(
             dphases + at * S + (each[:, None] * S + i_m[None, :]),
             dphase.to(dphases.dtype.element_ty),
             mask=(i_m < S)[None, :],
         )
-        du_1, du_2 = _rotate(du_1, du_2, cosine, -sine)
+        du_1, du_2 = rotate(du_1, du_2, cosine, -sine)
         du_1, du_2 = tl.where(real[:, None], du_1, 0.0), tl.where(real[:, None], du_2, 0.0)
         if u_bias is not None:
             i_r = tl.arange(0, RB)
@@ -629,104 +498,6 @@ def _backward_kernel(
 
 
 @triton.jit
-def _angles_kernel(
-    dphases, crossed, final, dt, angles, document, lengths, dangles, ddt,
-    l, chunks, h, s, h_per_program, splits, stride_phases, stride_crossed,
-    stride_tb, stride_tl, stride_th, stride_ab, stride_al,
-    RESET: tl.constexpr, LENGTHS: tl.constexpr, T: tl.constexpr, BS: tl.constexpr,
-):  # fmt: skip
-    """Of one chunk and some heads: the gradients of the angles (b, l, splits, s), and through them of dt (b, l, h).
-
-    `final` (b, h, chunks, s) is what the tokens after the chunk turn in what comes out at the end.
-    """
-    program = tl.program_id(0).to(tl.int64)
-    split, chunk, row = program % splits, program // splits % chunks, program // (splits * chunks)
-    t, j = tl.arange(0, T), tl.arange(0, BS)
-    start = chunk * T
-    token, in_s = start.to(tl.int32) + t, (j < s)[None, :]
-    end = tl.load(lengths + row).to(tl.int32) if LENGTHS else l
-    real, cell = token < end, t[:, None] * s + j[None, :]
-    rate = tl.load(
-        angles + row * stride_ab + start * stride_al + (t[:, None] * stride_al + j[None, :]),
-        mask=real[:, None] & in_s,
-        other=0.0,
-    ).to(tl.float32)
-    if RESET:
-        number = tl.load(document + row * (chunks * T) + start + t)
-        after = tl.load(document + row * (chunks * T) + start + t + 1, mask=t < T - 1, other=0)
-        last = tl.load(document + row * (chunks * T) + start + T - 1)
-        ends = tl.broadcast_to(((after != number) & (t < T - 1)).to(tl.int32)[:, None], (T, BS))
-    total = tl.zeros((T, BS), tl.float32)
-    for k in range(h_per_program):
-        head = split * h_per_program + k
-        bh = row * h + head
-        at = (bh * chunks * T + start) * s
-        grad = tl.load(dphases + at + cell, mask=in_s, other=0.0).to(tl.float32)
-        grad += tl.load(dphases + stride_phases + at + cell, mask=in_s, other=0.0).to(tl.float32)
-        at = (bh * chunks + chunk) * s + j
-        later = tl.load(final + at, mask=j < s, other=0.0) - tl.load(crossed + at, mask=j < s, other=0.0)
-        later = (later - tl.load(crossed + stride_crossed + at, mask=j < s, other=0.0))[None, :]
-        if RESET:
-            grad, _ = tl.associative_scan((grad, ends), 0, _within, reverse=True)
-            grad += tl.where((number == last)[:, None], later, 0.0)
-        else:
-            grad = tl.cumsum(grad, 0, reverse=True) + later
-        size = tl.load(
-            dt + row * stride_tb + start * stride_tl + head * stride_th + t * stride_tl, mask=real, other=0.0
-        )
-        total += grad * size.to(tl.float32)[:, None]
-        tl.store(ddt + (row * l + start) * h + head + t * h, tl.sum(grad * rate, 1), mask=token < l)
-    to = ((row * l + start) * splits + split) * s + (t[:, None] * (splits * s) + j[None, :])
-    tl.store(dangles + to, total, mask=(token < l)[:, None] & in_s)
-
-
-@triton.jit
-def _partners(N: tl.constexpr, BN: tl.constexpr, HALVES: tl.constexpr):
-    """Of each channel: its pair, the other channel of that, and whether that comes first."""
-    i = tl.arange(0, BN)
-    if HALVES:
-        is_second = i >= N // 2
-        return tl.where(is_second, i - N // 2, i), tl.where(is_second, i - N // 2, i + N // 2), is_second
-    else:
-        return i // 2, i ^ 1, i % 2 == 1
-
-
-@triton.jit
-def _rotated_row(u, bias, phase, N: tl.constexpr, S: tl.constexpr, BN: tl.constexpr, HALVES: tl.constexpr):
-    """A row (n,) of B or C, with `bias` (n,), rotated by `phase`, which counts in quarter turns for each channel."""
-    i = tl.arange(0, BN)
-    pair, partner, is_second = _partners(N, BN, HALVES)
-    turned = pair < S
-    own = tl.load(u + i, mask=i < N, other=0.0).to(tl.float32)
-    others = tl.load(u + partner, mask=turned, other=0.0).to(tl.float32)
-    if bias is not None:
-        own += tl.load(bias + i, mask=i < N, other=0.0).to(tl.float32)
-        others += tl.load(bias + partner, mask=turned, other=0.0).to(tl.float32)
-    quarter = tl.floor(phase + 0.5)
-    cosine, _, sine = cos_sin(quarter, (phase - quarter).to(tl.float32))
-    return tl.where(turned, own * cosine + tl.where(is_second, others, -others) * sine, own)
-
-
-@triton.jit
-def _last_kernel(
-    B, B_bias, bases, lengths, k, l, chunks, h, h_per_g, stride_Bb, stride_Bl, stride_Br, stride_Bg,
-    LENGTHS: tl.constexpr, HALVES: tl.constexpr, R: tl.constexpr, N: tl.constexpr, S: tl.constexpr, BN: tl.constexpr,
-):  # fmt: skip
-    """Writes B of the last token, biased and rotated, to k (b, r, h, n); not for rows without a token."""
-    bh = tl.program_id(0).to(tl.int64)
-    row, head = bh // h, bh % h
-    i = tl.arange(0, BN)
-    end = tl.load(lengths + row) if LENGTHS else tl.cast(l, tl.int64)
-    pair, _, _ = _partners(N, BN, HALVES)
-    phase = 4.0 * tl.load(bases + (bh * (chunks + 1) + chunks) * S + pair, mask=pair < S, other=0.0)
-    B += row * stride_Bb + (head // h_per_g) * stride_Bg + (end - 1) * stride_Bl
-    for rank in range(tl.where(end > 0, R, 0)):
-        bias = None if B_bias is None else B_bias + (head * R + rank) * N
-        last = _rotated_row(B + rank * stride_Br, bias, phase, N, S, BN, HALVES)
-        tl.store(k + ((row * R + rank) * h + head) * N + i, last.to(k.dtype.element_ty), mask=i < N)
-
-
-@triton.jit
 def _step_kernel(
     angle, state, k, v, x, dt, A, B, C, trap, angles, B_bias, C_bias, D, mimo_x, y, h, h_per_g,
     stride_sb, stride_sh, stride_sp, stride_xb, stride_xh, stride_tb, stride_th, stride_Ab, stride_Ah,
@@ -738,7 +509,7 @@ def _step_kernel(
     bh = tl.program_id(0).to(tl.int64)
     row, head = bh // h, bh % h
     group = head // h_per_g
-    i_n, pair = tl.arange(0, BN), _partners(N, BN, HALVES)[0]
+    i_n, pair = tl.arange(0, BN), partners(N, BN, HALVES)[0]
     in_n = i_n < N
     size = tl.load(dt + row * stride_tb + head * stride_th).to(tl.float32)
     share = tl.load(trap + row * stride_pb + head * stride_ph).to(tl.float32)
@@ -746,7 +517,7 @@ def _step_kernel(
     early, late = (1.0 - share) * size * decay, share * size
     turned = tl.load(angle + bh * S + pair, mask=pair < S, other=0.0).to(tl.float64)
     turned += tl.load(angles + row * stride_ab + pair, mask=pair < S, other=0.0).to(tl.float64) * size
-    phase = _fraction(turned * TURNS) * 4.0
+    phase = fraction(turned * TURNS) * 4.0
     turned -= tl.floor(turned * TURNS + 0.5) / TURNS
     x += row * stride_xb + head * stride_xh
     B += row * stride_Bb + group * stride_Bg
@@ -761,7 +532,7 @@ def _step_kernel(
         after = tl.load(state + cells, mask=mask, other=0.0) * decay
         for rank in range(R):
             bias = None if B_bias is None else B_bias + (head * R + rank) * N
-            k_t = _rotated_row(B + rank * stride_Br, bias, phase, N, S, BN, HALVES)
+            k_t = rotated_row(B + rank * stride_Br, bias, phase, N, S, BN, HALVES)
             k_before = tl.load(k + ((row * R + rank) * h + head) * N + i_n, mask=in_n, other=0.0).to(tl.float32)
             new, old = x_t * late, before * early
             if mimo_x is not None:
@@ -771,7 +542,7 @@ def _step_kernel(
         tl.store(state + cells, after, mask=mask)
         for rank in range(R):
             bias = None if C_bias is None else C_bias + (head * R + rank) * N
-            q_t = _rotated_row(C + rank * stride_Cr, bias, phase, N, S, BN, HALVES)
+            q_t = rotated_row(C + rank * stride_Cr, bias, phase, N, S, BN, HALVES)
             y_t = tl.sum(after * q_t[None, :], 1)
             if D is not None:
                 skip = x_t * tl.load(D + head).to(tl.float32)
@@ -785,12 +556,13 @@ def _step_kernel(
         tl.store(v + bh * P + i_p, tl.load(x + i_p, mask=i_p < P, other=0.0).to(v.dtype.element_ty), mask=i_p < P)
     for rank in range(R):
         bias = None if B_bias is None else B_bias + (head * R + rank) * N
-        k_t = _rotated_row(B + rank * stride_Br, bias, phase, N, S, BN, HALVES)
+        k_t = rotated_row(B + rank * stride_Br, bias, phase, N, S, BN, HALVES)
         tl.store(k + ((row * R + rank) * h + head) * N + i_n, k_t.to(k.dtype.element_ty), mask=in_n)
     tl.store(angle + bh * S + pair, turned.to(tl.float32), mask=in_n & (pair < S))
 
 
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+_WARPS = 8  # with 4 the blocks of rotated B and C do not fit the registers
 _SEGMENT_CHUNKS = 64  # fewer than this in a segment of l are not worth the second pass over them
 _SEGMENTS = 4  # and less segments than this not either
 _HEADS = 8  # that share the angles' rates when these are added up
@@ -800,17 +572,17 @@ def forward(
     x, dt, A, B, C, trap, angles, B_bias, C_bias, D, mimo_x, angle, ssm, k, v, reset, lengths, halves, chunk_len
 ):  # fmt: skip
     with device_of(x):
-        plan = _Plan(x, dt, A, B, C, trap, angles, B_bias, C_bias, mimo_x, angle, reset, lengths, halves, chunk_len)
+        plan = _Plan(x, dt, A, B, C, trap, angles, B_bias, C_bias, D, mimo_x, angle, reset, lengths, halves, chunk_len)
         b, l, h, p = x.shape
         y = plan.empty(b, l, plan.r, h, p)
         begins, final = plan.entry(ssm, k, v), plan.state()
         if plan.segments > 1:
             begins, final = plan.segment_states(begins, plan.of_B())
         _forward_kernel[(b * h * plan.segments,)](
-            plan.x, plan.B, plan.C, plan.B_bias, plan.C_bias, D, plan.mimo_x, *plan.weights, *plan.turns, begins, y,
-            final, lengths, l, plan.chunks, h, plan.h_per_g, plan.per_segment, plan.segments,
+            plan.x, plan.B, plan.C, plan.B_bias, plan.C_bias, plan.D, plan.mimo_x, *plan.weights, *plan.turns, begins,
+            y, final, lengths, l, plan.chunks, h, plan.h_per_g, plan.per_segment, plan.segments,
             *plan.x.stride()[:3], *plan.B.stride()[:4], *plan.C.stride()[:4],
-            FINAL=plan.segments == 1, **plan.flags, num_warps=4, num_stages=2,
+            FINAL=plan.segments == 1, **plan.flags, num_warps=_WARPS, num_stages=2,
         )  # fmt: skip
         return y, plan.last_angle(angle), final, plan.last_k(k), plan.rule.last(x, v)
 
@@ -820,7 +592,7 @@ def backward(
     reset, lengths, halves, chunk_len,
 ):  # fmt: skip
     with device_of(x):
-        plan = _Plan(x, dt, A, B, C, trap, angles, B_bias, C_bias, mimo_x, angle, reset, lengths, halves, chunk_len)
+        plan = _Plan(x, dt, A, B, C, trap, angles, B_bias, C_bias, D, mimo_x, angle, reset, lengths, halves, chunk_len)
         b, l, h, p = x.shape
         r, g, n, s, chunks = plan.r, plan.g, plan.n, plan.s, plan.chunks
         dy, dk_last, entry = rows(dy), dk.contiguous(), plan.entry(ssm, k, v)
@@ -837,17 +609,18 @@ def backward(
         dphases = torch.empty(2, b, h, chunks * plan.flags["T"], s, dtype=x.dtype, device=x.device)
         crossed = plan.empty(2, b, h, chunks, s)
         _backward_kernel[(3 * b * chunks * g * splits,)](
-            dy, plan.x, plan.B, plan.C, plan.B_bias, plan.C_bias, D, plan.mimo_x, *plan.weights, *plan.turns,
+            dy, plan.x, plan.B, plan.C, plan.B_bias, plan.C_bias, plan.D, plan.mimo_x, *plan.weights, *plan.turns,
             states, dstates, lengths, dk_last, dx, ddtA, dgamma, dweight, dB, dC, dB_bias, dC_bias, dD, dmimo,
             dphases, crossed, l, chunks, h, g, plan.h_per_g, plan.h_per_g // splits, splits,
             *dy.stride()[:4], *plan.x.stride()[:3], *plan.B.stride()[:4], *plan.C.stride()[:4],
-            dphases.stride(0), crossed.stride(0), EXACT=x.element_size() == 4, **plan.flags, num_warps=4, num_stages=1,
+            dphases.stride(0), crossed.stride(0), EXACT=x.element_size() == 4, **plan.flags, num_warps=_WARPS,
+            num_stages=1,
         )  # fmt: skip
 
         turned, dfirst_angle = plan.turned(entry, dentry, final, dssm, plan.last_k(k), dk, dangle)
         splits = splits_of(h, b * chunks, plan.wanted)
         dangles = plan.empty(b, l, splits, s)
-        _angles_kernel[(b * chunks * splits,)](
+        angles_kernel[(b * chunks * splits,)](
             dphases, crossed, turned, dt, plan.angles, plan.weights[-1], lengths, dangles, ddt,
             l, chunks, h, s, h // splits, splits, dphases.stride(0), crossed.stride(0),
             *dt.stride(), *plan.angles.stride()[:2], RESET=reset is not None, LENGTHS=lengths is not None,
@@ -855,8 +628,7 @@ def backward(
         )  # fmt: skip
         dk, dv, dfirst, dmimo_entry = plan.rule.entry_gradients(dentry, k, v, plan.ones_or_mimo_x(), dk, dv, dx)
         ddt, dA, dtrap = plan.rule.size_gradients(ddt, ddtA, dgamma, dweight, dfirst)
-    summed = (None if t is None else t.sum(0) for t in (dB_bias, dC_bias, dD, dmimo))
-    dB_bias, dC_bias, dD, dmimo = summed
+    dB_bias, dC_bias, dD, dmimo = (None if t is None else t.sum(0) for t in (dB_bias, dC_bias, dD, dmimo))
     dmimo = None if dmimo is None else dmimo + dmimo_entry
     tensors = (x, dt, A, B, C, trap, angles, B_bias, C_bias, D, mimo_x, angle, ssm, k, v)
     results = (
@@ -891,21 +663,14 @@ class _Plan:
     """How the work is cut; the weights and turns of every chunk; dense parameters."""
 
     def __init__(
-        self, x, dt, A, B, C, trap, angles, B_bias, C_bias, mimo_x, angle, reset, lengths, halves, chunk_len
+        self, x, dt, A, B, C, trap, angles, B_bias, C_bias, D, mimo_x, angle, reset, lengths, halves, chunk_len
     ):  # fmt: skip
         b, l, h, p = x.shape
         self.r, self.g, self.n = B.shape[2:]
-        self.s, self.h_per_g, self.reset, self.lengths, self.halves = (
-            angles.shape[-1],
-            h // self.g,
-            reset,
-            lengths,
-            halves,
-        )
+        self.s, self.h_per_g, self.lengths, self.halves = angles.shape[-1], h // self.g, lengths, halves
         self.x, self.B, self.C, self.angles = rows(x), rows(B), rows(C), rows(angles)
-        self.B_bias, self.C_bias, self.mimo_x = (
-            None if t is None else t.contiguous() for t in (B_bias, C_bias, mimo_x)
-        )
+        dense = (None if t is None else t.contiguous() for t in (B_bias, C_bias, D, mimo_x))
+        self.B_bias, self.C_bias, self.D, self.mimo_x = dense
         self.rule = Trapezoid(dt, A, trap, reset, lengths, torch.float32)
         narrow = x.element_size() == 2
         ranks = block(self.r, 1)
@@ -942,11 +707,11 @@ class _Plan:
             b, h, self.chunks * tokens, self.s, dtype=torch.int16 if narrow else torch.float32, device=x.device
         )
         bases, BS = self.empty(b, h, self.chunks + 1, self.s), block(self.s, 1)
-        _phases_kernel[(b * self.chunks * triton.cdiv(h, _HEADS),)](
+        phases_kernel[(b * self.chunks * triton.cdiv(h, _HEADS),)](
             dt, self.angles, reset, lengths, phases, turns, l, self.chunks, h, self.s,
             *dt.stride(), *self.angles.stride()[:2], *reset_strides, **given, T=tokens, BS=BS, BH=_HEADS, num_warps=4,
         )  # fmt: skip
-        _turns_kernel[(b * h,)](
+        turns_kernel[(b * h,)](
             turns, document, angle.float().contiguous(), bases, self.chunks, h, self.s,
             RESET=reset is not None, T=tokens, BC=min(64, block(self.chunks, 1)), BS=BS, num_warps=4,
         )  # fmt: skip
@@ -974,7 +739,7 @@ class _Plan:
         """B of each row's last token, biased and rotated; k of rows without one."""
         b, l, h, _ = self.x.shape
         last = k.to(self.x.dtype, copy=True, memory_format=torch.contiguous_format)
-        _last_kernel[(b * h,)](
+        last_kernel[(b * h,)](
             self.B, self.B_bias, self.turns[1], self.lengths, last, l, self.chunks, h, self.h_per_g,
             *self.B.stride()[:4], LENGTHS=self.lengths is not None, HALVES=self.halves, R=self.r, N=self.n, S=self.s,
             BN=block(self.n), num_warps=1,
@@ -984,22 +749,12 @@ class _Plan:
     def turned(self, entry, dentry, final, dssm, last_k, dk, dangle) -> tuple[Tensor, Tensor]:
         """How the tokens after a chunk turn what comes out at the end (b, h, chunks, s); the first angle's gradient."""
         through_k = self._crossed(last_k.float(), dk.float()).sum(1)
-        given = self._crossed(final, dssm.float()).sum(2) + dangle  # (b, h, s)
-        tokens, device = self.flags["T"], self.x.device
-        ends = torch.arange(1, self.chunks + 1, device=device) * tokens
-        if self.lengths is None:
-            later = (ends < self.x.shape[1])[None]
-        else:
-            later = ends < self.lengths[:, None]
-            through_k = through_k.where((self.lengths > 0)[:, None, None], 0.0)
-        all_given = given + through_k
-        turned = torch.where(later[:, None, :, None], all_given[:, :, None], given[:, :, None])
-        if self.reset is not None:  # what is after a reset does not turn with what is before
-            clear = (self.weights[-1].unflatten(1, (-1, tokens))[:, :, -1] == 0).flip(1).cumprod(1).flip(1)
-            after = torch.nn.functional.pad(clear[:, 1:], (0, 1), value=1)
-            turned = turned * after[:, None, :, None]
-            all_given = all_given * clear[:, 0, None, None]
-        return turned.contiguous(), all_given - self._crossed(entry, dentry).sum(2)
+        through_state = self._crossed(final, dssm.float()).sum(2) + dangle  # (b, h, s)
+        document, tokens = self.weights[-1], self.flags["T"]
+        later, whole = later_turns(
+            through_state, through_k, document, self.lengths, self.x.shape[1], tokens, self.chunks
+        )
+        return later, whole - self._crossed(entry, dentry).sum(2)
 
     def _crossed(self, u: Tensor, du: Tensor) -> Tensor:
         (first, second), (dfirst, dsecond) = (pairs_of(t, self.s, self.halves) for t in (u, du))

@@ -1,6 +1,6 @@
 """What the trapezoidal rule does at the ends of a sequence, and its step sizes' gradients: small, the same everywhere.
 
-The names are those of `cpu.py`: gamma_j = trap_j dt_j, early_j = (1 - trap_j) dt_j, w_j = gamma_j + early_{j+1}.
+As in `mamba3_scan`: gamma_j = trap_j dt_j, early_j = (1 - trap_j) dt_j, w_j = gamma_j + early_{j+1}.
 """
 
 import torch
