@@ -13,6 +13,7 @@ pytestmark = [
 CASES = [case for case in CASES if importlib.util.find_spec(f"longwave.ops.{case[0]}.triton") is not None]
 FULL = {  # blocks of the sizes that models have
     "ssd": {"b": 2, "l": 300, "h": 8, "p": 64, "g": 1, "n": 128, "dt_softplus": True},
+    "mamba3_scan": {"b": 2, "l": 300, "h": 8, "p": 64, "r": 1, "g": 1, "n": 128, "s": 32, "z": True},
     "selective_scan": {"b": 2, "l": 300, "e": 64, "n": 16, "dt_softplus": True},
     "causal_conv1d": {"b": 2, "l": 300, "e": 200, "w": 4, "activation": "silu"},
     "gated_rms_norm": {"b": 2, "l": 60, "e": 1536, "gate": True},
