@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from longwave.ops import numba_fft
+from longwave.ops import fft_blocks, numba_fft
 from longwave.ops.fft_conv import fft_conv, fft_conv_step, filter_spectrum, reference
 
 torch.set_num_threads(1)
@@ -51,7 +51,7 @@ def test_transform_evaluates_at_the_roots(n):
 
 @pytest.mark.parametrize("least", [1, 2, 7, 11, 17, 33, 1000, 1025, 2048, 4097, 100_001])
 def test_good_sizes_waste_little(least):
-    n = numba_fft.good_size(least)
+    n = fft_blocks.good_size(least)
     assert least <= n < 1.26 * least + 1
     for prime in (2, 3, 5):
         while n % prime == 0:
@@ -194,4 +194,4 @@ def test_working_memory_does_not_grow_with_the_length():
     from longwave.ops.fft_conv import cpu
 
     sizes = {cpu._sizes(64, l, 192, torch.float32)[1].n for l in (192, 10_000, 10_000_000)}
-    assert sizes == {numba_fft.good_size((63 + 192 + 1) // 2)}
+    assert sizes == {fft_blocks.good_size((63 + 192 + 1) // 2)}

@@ -16,6 +16,8 @@ FULL = {  # blocks of the sizes that models have
     "mamba3_scan": {"b": 2, "l": 300, "h": 8, "p": 64, "r": 1, "g": 1, "n": 128, "s": 32, "z": True},
     "selective_scan": {"b": 2, "l": 300, "e": 64, "n": 16, "dt_softplus": True},
     "causal_conv1d": {"b": 2, "l": 300, "e": 200, "w": 4, "activation": "silu"},
+    "diagonal_scan": {"b": 2, "l": 300, "e": 64, "n": 32},
+    "fft_conv": {"b": 2, "l": 3000, "e": 64, "k": 3000, "D": True},
     "gated_rms_norm": {"b": 2, "l": 60, "e": 1536, "gate": True},
 }
 

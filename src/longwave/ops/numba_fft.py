@@ -53,12 +53,6 @@ def lanes(dtype: np.dtype) -> int:
     return VECTOR_BYTES // np.dtype(dtype).itemsize
 
 
-@functools.cache
-def good_size(least: int) -> int:
-    """The least n >= `least` of the form 2^a, 3 2^a, 5 2^a, 9 2^a or 15 2^a."""
-    return min(m << max(0, (-(-least // m) - 1).bit_length()) for m in (1, 3, 5, 9, 15))
-
-
 @functools.lru_cache(maxsize=64)
 def plan(n: int, dtype: np.dtype) -> Plan:
     """The passes for n points; n has no prime factors but 2, 3 and 5. Long blocks take 3, 5 and 4, short ones 8."""

@@ -136,24 +136,29 @@ _forward = define(
     "Tensor? lengths, int? chunk_len) -> (Tensor, Tensor)",
     fake=_fake_forward,
     cpu="longwave.ops.fft_conv.cpu:forward",
+    cuda="longwave.ops.fft_conv.triton:forward",
 )
 _backward = define(
     "fft_conv_backward(Tensor dy, Tensor dfinal, Tensor x, Tensor kernel, Tensor? D, Tensor? initial_state, "
     "Tensor? reset, Tensor? lengths, int? chunk_len) -> (Tensor, Tensor, Tensor, Tensor)",
     fake=_fake_backward,
     cpu="longwave.ops.fft_conv.cpu:backward",
+    cuda="longwave.ops.fft_conv.triton:backward",
 )
 _step = define(
     "fft_conv_step(Tensor(a!) state, Tensor x, Tensor kernel, Tensor? D, Tensor? length) -> Tensor",
     fake=lambda state, x, kernel, D, length: torch.empty_like(x),
     cpu="longwave.ops.fft_conv.cpu:step",
+    cuda="longwave.ops.fft_conv.triton:step",
     step=True,
 )
 
 
 def _spectrum(kernel: Tensor, l: int, chunk_len: int | None) -> Tensor:
-    from longwave.ops.fft_conv.cpu import spectrum
-
+    if kernel.is_cuda:
+        from longwave.ops.fft_conv.triton import spectrum
+    else:
+        from longwave.ops.fft_conv.cpu import spectrum
     return spectrum(kernel, l, chunk_len)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from longwave.ops import numba_fft as fft
 from longwave.ops.checks import state_dtype
+from longwave.ops.fft_blocks import block_size, documents_of, groups_of
 from longwave.ops.numba_bfloat16 import NUMBERS, Number
 from longwave.ops.numba_math import jit
 from longwave.ops.openmp import carray, next_ticket, pointer, region, run
@@ -28,7 +29,7 @@ _TAPS = 64
 class _Blocks(NamedTuple):
     """Documents that are treated alike: q tokens at a time, with the filter's first `taps` taps."""
 
-    documents: np.ndarray  # (n, 4) int64, see `_documents`
+    documents: np.ndarray  # (n, 4) int64, see `documents_of`
     taps: int
     q: int
     plan: fft.Plan
@@ -113,7 +114,7 @@ class _Inputs:
         memory, (stride,) = flat(taps.t() if by_time else taps)
         self.kernel = memory, *((1, stride) if by_time else (stride, 1))
         self.ends = np.full(b, l) if lengths is None else lengths.numpy()
-        self.documents = _documents(np.zeros((b, l), np.bool_) if reset is None else reset.numpy(), self.ends,
+        self.documents = documents_of(np.zeros((b, l), np.bool_) if reset is None else reset.numpy(), self.ends,
                                     -history)  # fmt: skip
 
     def channels(self, tile: int) -> tuple[int, int]:
@@ -123,52 +124,18 @@ class _Inputs:
 
     def blocks(self, chunk_len: int | None, h: np.ndarray | None) -> Iterator[_Blocks]:
         """All documents in groups of like length, each with a transform of its own, or with that of the spectrum h."""
-        documents = self.documents
         if h is not None:
             n = h.shape[1] // (2 * self.lanes)
-            yield _Blocks(documents, self.k, 2 * n - (self.k - 1), fft.plan(n, self.x[0].dtype))
+            yield _Blocks(self.documents, self.k, 2 * n - (self.k - 1), fft.plan(n, self.x[0].dtype))
             return
-        longest = int((documents[:, 2] - documents[:, 1]).max(initial=0))
-        # Lengths are rounded up to a power of two, so that packed rows need few different transforms.
-        length = np.minimum(1 << np.ceil(np.log2(documents[:, 2] - documents[:, 1])).astype(np.int64), longest)
-        from_state = documents[:, 3] < 0
-        taps = np.where(from_state, self.k, np.minimum(self.k, length))
-        for m, t in sorted(set(zip(length.tolist(), taps.tolist(), strict=True))):
-            chosen = documents[(length == m) & (taps == t)]
-            yield _Blocks(chosen, t, *_sizes(t, m, chunk_len, self.dtype))
-
-
-def _documents(reset: np.ndarray, ends: np.ndarray, first: int) -> np.ndarray:
-    """(n, 4): row, start, end of each document, and the time of the first input that it sees.
-
-    That is its start, but `first` for one that goes on from the initial state, whose inputs stand at times below 0.
-    """
-    found = []
-    for row, end in enumerate(ends):
-        starts = np.flatnonzero(reset[row, :end])
-        seen = starts
-        if end and (not len(starts) or starts[0]):
-            starts, seen = np.append(0, starts), np.append(first, seen)
-        stops = np.append(starts[1:], end)[: len(starts)]
-        found.append(np.stack([np.full(len(starts), row), starts, stops, seen], 1))
-    return np.concatenate(found).astype(np.int64) if found else np.empty((0, 4), np.int64)
+        for documents, length, taps in groups_of(self.documents, self.k):
+            yield _Blocks(documents, taps, *_sizes(taps, length, chunk_len, self.dtype))
 
 
 def _sizes(taps: int, length: int, chunk_len: int | None, dtype: torch.dtype) -> tuple[int, fft.Plan]:
-    """Tokens to a block, and the transform, for documents of `length` tokens: its 2 n must hold taps - 1 + q inputs."""
-
-    def q_of(n: int) -> int:
-        return min(length, 2 * n - (taps - 1))
-
-    if chunk_len is not None:
-        n = fft.good_size(-(-(taps - 1 + min(chunk_len, length)) // 2))
-        return min(chunk_len, q_of(n)), _plan(n, dtype)
-    n = fft.good_size(-(-(taps - 1 + length) // 2))
-    sizes = [n]
-    while n > 16 and 2 * (n := fft.good_size(n // 2)) >= taps:
-        sizes.append(n)
-    n = min(sizes, key=lambda n: (-(-length // q_of(n)) + 0.5) * _cost(n))  # the half is the filter's
-    return q_of(n), _plan(n, dtype)
+    """Tokens to a block, and the transform, for documents of `length` tokens."""
+    q, n = block_size(taps, length, chunk_len, _cost)
+    return q, _plan(n, dtype)
 
 
 def _cost(n: int) -> float:
