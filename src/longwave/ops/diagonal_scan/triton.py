@@ -285,7 +285,7 @@ def _adjoint_kernel(
     reset += row * stride_rb
     if REGULAR:
         size = tl.load(dt + i_e, mask=in_e, other=0.0).to(tl.float32)
-        every_x, every_y, _, _ = _discretize(size[:, None], modes, METHOD)
+        every_x, every_y, F_re, F_im = _discretize(size[:, None], modes, METHOD)
     g_re, g_im = tl.zeros((BE, BN), tl.float32), tl.zeros((BE, BN), tl.float32)
     all_re, all_im = tl.full((BE, BN), 1.0, tl.float32), tl.zeros((BE, BN), tl.float32)
     first = (segment * per_segment).to(tl.int32)
@@ -308,7 +308,7 @@ def _adjoint_kernel(
             if REGULAR:
                 x, y = tl.where(t < end, every_x, 1.0), tl.where(t < end, every_y, 0.0)
             else:
-                x, y, _, _ = _discretize(dts[k].to(tl.float32)[:, None], modes, METHOD)
+                x, y, F_re, F_im = _discretize(dts[k].to(tl.float32)[:, None], modes, METHOD)
             if RESET:
                 x, y = tl.where(keeps[k], x, 0.0), tl.where(keeps[k], y, 0.0)
             g_re, g_im = _conj_times(x, y, g_re, g_im)
