@@ -212,9 +212,7 @@ class Malicious:
         return (exec, ("raise SystemExit('unpickled')",))
 
 
-@pytest.mark.parametrize(
-    "content", [Malicious(), {"a": Malicious()}, [1, 2], {"state_dict": {"a": 1}}, {"a": 1}]
-)
+@pytest.mark.parametrize("content", [Malicious(), {"a": Malicious()}, [1, 2], {"state_dict": {"a": 1}}, {"a": 1}])
 def test_nothing_but_named_tensors_is_taken_from_a_pickle(folder, content):
     (folder / "model.safetensors").unlink()
     file = folder / "pytorch_model.bin"
