@@ -14,6 +14,7 @@ from longwave.cli.kernel_check import Check, check_kernels
 from longwave.cli.options import make_app, print_json
 from longwave.errors import LongwaveError
 from longwave.ops.openmp import threads_in_use
+from longwave.ops.register import gpu_forms
 from longwave.tasks.packing import cache_folder
 from longwave.training.environment import environment
 
@@ -73,7 +74,7 @@ def machine() -> dict[str, str]:
         "import": subprocess.run([sys.executable, "-c", IMPORTS], capture_output=True, text=True).stdout.strip(),
         "cpu": f"{about['processor']}; {about['threads']}; {', '.join(_units()) or 'no vector units known'}",
         "gpu": ", ".join(gpus) or "none",
-        "forms": "Numba on the CPU" + ("; the reference, slow, on the GPU" if gpus else ""),
+        "forms": "Numba on the CPU" + (f"; {gpu_forms(torch.device('cuda', 0))}" if gpus else ""),
         "threads": f"{torch.get_num_threads()}, {threads_in_use()}",
         "compiled": f"kept in {_numba_cache() or 'nowhere, so they cannot run'}",
         "text cache": f"{cache}, {_free_gb(cache):.1f} GB free",

@@ -19,7 +19,9 @@ Impl = Literal["fused", "reference"]
 
 _library = torch.library.Library("longwave", "FRAGMENT")
 _on_cuda: set[str] = set()
+_hopper_forms: list[str] = []
 
+NO_TRITON = "the GPU kernels need Triton, which torch's CUDA builds for Linux bring along: pip install triton"
 GLUON_TESTED = (3, 6), (3, 6)
 """The first and the last version of Triton that the Hopper forms have been tested with."""
 
@@ -47,6 +49,8 @@ def define(
     if cuda is not None:
         _library.impl(name, _launcher(cuda) if hopper is None else _by_capability(cuda, hopper), "CUDA")
         _on_cuda.add(name.removesuffix("_forward"))
+    if hopper is not None:
+        _hopper_forms.append(name)
     torch.library.register_fake(f"longwave::{name}", fake, lib=_library)
     operator = getattr(torch.ops.longwave, name).default
     return _past_the_dispatcher(operator, launch) if step else operator
@@ -73,6 +77,10 @@ def _launcher(path: str) -> Callable[..., Any]:
     def resolve() -> Callable[..., Any]:
         try:
             return getattr(importlib.import_module(module), function)
+        except ModuleNotFoundError as error:
+            if error.name != "triton":
+                raise
+            raise LongwaveError(NO_TRITON) from error
         except RuntimeError as error:
             if "cannot cache function" not in str(error):
                 raise
@@ -98,10 +106,26 @@ def _by_capability(cuda: str, hopper: str) -> Callable[..., Any]:
 @functools.cache
 def on_hopper(device: torch.device) -> bool:
     """Do the Hopper forms run there? They are written in Gluon, which changes between versions of Triton."""
-    import triton
+    return torch.cuda.get_device_capability(device)[0] == 9 and GLUON_TESTED[0] <= _triton_version() <= GLUON_TESTED[1]
 
-    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
-    return torch.cuda.get_device_capability(device)[0] == 9 and GLUON_TESTED[0] <= version <= GLUON_TESTED[1]
+
+def _triton_version() -> tuple[int, ...]:
+    try:
+        import triton
+    except ModuleNotFoundError as error:
+        raise LongwaveError(NO_TRITON) from error
+    return tuple(int(part) for part in triton.__version__.split(".")[:2])
+
+
+def gpu_forms(device: torch.device) -> str:
+    """Which forms of the operators run on a CUDA device, in words."""
+    forms = ", ".join(_hopper_forms)
+    if on_hopper(device):
+        return f"Triton on the GPU, Gluon for {forms}"
+    if torch.cuda.get_device_capability(device)[0] != 9:
+        return "Triton on the GPU"
+    first, last = (".".join(map(str, version)) for version in GLUON_TESTED)
+    return f"Triton on the GPU, {forms} too: their Hopper forms are tested with Triton {first} to {last}"
 
 
 def use_kernel(op: str, impl: str, x: Tensor) -> bool:
