@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 LOG2E = tl.constexpr(1.4426950408889634)
+TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 QUARTERS = tl.constexpr(0.6366197723675814)  # quarter turns of a radian
 
 

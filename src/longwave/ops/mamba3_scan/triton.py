@@ -25,7 +25,7 @@ from torch import Tensor
 from longwave.ops.mamba3_scan.reference import pairs_of
 from longwave.ops.trapezoid import Trapezoid
 from longwave.ops.triton_chunks import chunk_weights, over_ranks
-from longwave.ops.triton_math import LOG2E, block, device_of, processors_of, rows
+from longwave.ops.triton_math import LOG2E, TYPES, block, device_of, processors_of, rows
 from longwave.ops.triton_rotation import (
     TURNS,
     angles_kernel,
@@ -561,7 +561,6 @@ def _step_kernel(
     tl.store(angle + bh * S + pair, turned.to(tl.float32), mask=in_n & (pair < S))
 
 
-_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 _WARPS = 8  # with 4 the blocks of rotated B and C do not fit the registers
 _SEGMENT_CHUNKS = 64  # fewer than this in a segment of l are not worth the second pass over them
 _SEGMENTS = 4  # and less segments than this not either
@@ -686,7 +685,7 @@ class _Plan:
         self.flags = given | {
             "HALVES": halves, "T": tokens, "R": self.r, "RB": ranks, "N": self.n, "S": self.s, "P": p,
             "BM": block((self.n + 1) // 2), "BP": block(p), "PRECISION": "tf32" if narrow else "ieee",
-            "DTYPE": _TYPES[x.dtype],
+            "DTYPE": TYPES[x.dtype],
         }  # fmt: skip
         # Of float32 numbers a difference would lose digits that float32 inputs are owed.
         kind = torch.float32 if narrow else torch.float64

@@ -21,8 +21,8 @@ import triton.language as tl
 from torch import Tensor
 
 from longwave.ops.triton_chunks import chunk_weights
-from longwave.ops.triton_math import LOG2E, block, device_of, processors_of, rows, step_size
-from longwave.ops.triton_segments import pass_states, segments_of
+from longwave.ops.triton_math import LOG2E, TYPES, block, device_of, processors_of, rows, step_size
+from longwave.ops.triton_segments import pass_states, segments_of, splits_of
 
 
 @triton.jit
@@ -467,7 +467,6 @@ def _step_kernel(
     tl.store(y + bh * p + i_p, y_t.to(y.dtype.element_ty), mask=in_p)
 
 
-_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 _BACKWARD_WARPS = 4
 _SEGMENT_CHUNKS = 64  # fewer than this in a segment of l are not worth the second pass over them
 _SEGMENTS = 4  # and less segments than this not either: two programs share a processor well
@@ -500,7 +499,7 @@ def backward(dy, dfinal, x, dt, A, B, C, D, dt_bias, initial_state, reset, lengt
         plan = _Plan(x, dt, A, B, D, dt_bias, reset, lengths, dt_softplus, low, high, chunk_len)
         states, _ = plan.chunk_states(B, x, _contiguous(initial_state), reverse=False)
         dstates, dinitial = plan.chunk_states(C, dy, _contiguous(dfinal), reverse=True)
-        splits = plan.splits(b * plan.chunks * g)
+        splits = splits_of(plan.h_per_g, b * plan.chunks * g, plan.wanted)
         dx = torch.empty(b, l, h, p, dtype=x.dtype, device=x.device)
         ddt = torch.empty(b, l, h, dtype=dt.dtype, device=x.device)
         dB, dC = (torch.empty(b, l, g, n, dtype=t.dtype, device=x.device) for t in (B, C))
@@ -520,7 +519,7 @@ def backward(dy, dfinal, x, dt, A, B, C, D, dt_bias, initial_state, reset, lengt
         _finish_kernel[(b * plan.chunks * g,)](
             B, C, lengths, dB_parts, dC_parts, dBC_parts, dB, dC, l, plan.chunks, g, splits,
             *B.stride()[:3], *C.stride()[:3], LENGTHS=lengths is not None, Q=q, N=n, BN=block(n),
-            PRECISION=plan.flags["PRECISION"], DTYPE=_TYPES[x.dtype], num_warps=4,
+            PRECISION=plan.flags["PRECISION"], DTYPE=TYPES[x.dtype], num_warps=4,
         )  # fmt: skip
     if dD is not None:
         dD = dD.sum((0, 2)) if D.dim() == 1 else dD.sum(0)
@@ -595,11 +594,6 @@ class _Plan:
     def state(self) -> Tensor:
         b, _, h, p = self.x.shape
         return self.empty(b, h, p, self.n)
-
-    def splits(self, programs: int) -> int:
-        """In how many parts a group's heads are taken, to fill the GPU: the least divisor that does, or all."""
-        fits = (s for s in range(1, self.h_per_g + 1) if self.h_per_g % s == 0 and programs * s >= self.wanted)
-        return next(fits, self.h_per_g)
 
     def segment_states(self, u: Tensor, v: Tensor, initial: Tensor | None, *, reverse: bool) -> tuple[Tensor, Tensor]:
         """The states that the segments of l are given (b, h, segments, p, n), and the last one (b, h, p, n)."""
