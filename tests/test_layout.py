@@ -68,3 +68,9 @@ def test_backends_do_not_import_one_another():
         if path.name in ("cpu.py", "triton.py", "hopper.py", "reference.py"):
             others = {"cpu", "triton", "hopper"} - {path.stem}
             assert not {m.split(".")[-1] for m in imports(path)} & others, path
+
+
+def test_test_files_have_names_of_their_own():
+    """pytest imports them by name: of two that share one, the second is an error."""
+    names = [path.name for path in Path(__file__).parent.rglob("test_*.py")]
+    assert sorted(set(names)) == sorted(names)
