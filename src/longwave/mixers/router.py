@@ -1,6 +1,7 @@
 """Routers of a mixture of experts: which experts a token goes through, and with what weights."""
 
 import math
+from abc import ABC, abstractmethod
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -44,7 +45,7 @@ class Routing(NamedTuple):
         return torch.bincount(self.experts.flatten(), minlength=self.scores.shape[-1])
 
 
-class Router(nn.Module):
+class Router(nn.Module, ABC):
     """x (m, d) -> Routing, from the logits W x, in float32 whatever the dtype of x and W, and under autocast too.
 
     `config` is an MoE.Config. Initialised as nn.Linear.
@@ -67,9 +68,9 @@ class Router(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             return self.choose(linear(x.to(dtype), self.weight.to(dtype)))
 
+    @abstractmethod
     def choose(self, logits: Tensor) -> Routing:
         """logits (m, experts)."""
-        raise NotImplementedError
 
 
 class SoftmaxTopK(Router):
