@@ -40,29 +40,30 @@ def define(
     `cpu` is 'function' in the module `cpu` beside the caller's, written 'longwave.ops.<op>.cpu:function', and `cuda`
     likewise in `triton`; `hopper` takes its place on a GPU of compute capability 9 (see `on_hopper`). `fake` gives
     empty outputs of the right shapes and dtypes, for tracing. `step`: a one-token operator, called so often that plain
-    CPU tensors go to its launcher directly: the dispatcher takes longer than some of these kernels.
+    tensors go to its launcher directly: the dispatcher takes longer than some of these kernels.
     """
     name = schema.split("(", 1)[0]
-    launch = _launcher(cpu)
-    _library.define(schema)
-    _library.impl(name, launch, "CPU")
+    launchers = {"cpu": _launcher(cpu)}
     if cuda is not None:
-        _library.impl(name, _launcher(cuda) if hopper is None else _by_capability(cuda, hopper), "CUDA")
+        launchers["cuda"] = _launcher(cuda) if hopper is None else _by_capability(cuda, hopper)
         _on_cuda.add(name.removesuffix("_forward"))
+    _library.define(schema)
+    for device, launch in launchers.items():
+        _library.impl(name, launch, device.upper())
     if hopper is not None:
         _hopper_forms.append(name)
     torch.library.register_fake(f"longwave::{name}", fake, lib=_library)
     operator = getattr(torch.ops.longwave, name).default
-    return _past_the_dispatcher(operator, launch) if step else operator
+    return _past_the_dispatcher(operator, launchers) if step else operator
 
 
-def _past_the_dispatcher(operator: Callable[..., Any], launch: Callable[..., Any]) -> Callable[..., Any]:
-    """Call `launch` where nothing could ask the dispatcher for more: no tracing, no mode, no tensor subclass."""
+def _past_the_dispatcher(operator: Callable[..., Any], launchers: dict[str, Callable[..., Any]]) -> Callable[..., Any]:
+    """Call the device's launcher where nothing could ask the dispatcher for more: no tracing, mode, tensor subclass."""
 
     def call(first: Tensor, *rest: Any) -> Any:
-        if torch.compiler.is_compiling() or type(first) is not Tensor or not first.is_cpu or _n_modes():
+        if torch.compiler.is_compiling() or type(first) is not Tensor or _n_modes():
             return operator(first, *rest)
-        return launch(first, *rest)
+        return launchers.get(first.device.type, operator)(first, *rest)
 
     return call
 

@@ -1,7 +1,7 @@
 """What the Triton kernels of several operators share: functions, the device they run on, sizes of blocks."""
 
 import contextlib
-from collections.abc import Iterator
+from typing import Any
 
 import torch
 import triton
@@ -58,11 +58,12 @@ def cos_sin(quarter, rest):
     return cosine, tl.where(quarter == 0, above, cosine - 1.0), tl.where(quarter >= 2, -sine, sine)
 
 
-@contextlib.contextmanager
-def device_of(x: Tensor) -> Iterator[None]:
-    """Make the tensor's GPU current; nothing under the interpreter, whose tensors are on the CPU."""
-    with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
-        yield
+_AS_IT_IS = contextlib.nullcontext()
+
+
+def device_of(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Make the tensor's GPU current; nothing where it is, or under the interpreter, whose tensors are on the CPU."""
+    return torch.cuda.device(x.device) if x.is_cuda and x.get_device() != torch.cuda.current_device() else _AS_IT_IS
 
 
 def processors_of(x: Tensor) -> int:
