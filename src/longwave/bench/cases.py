@@ -1,18 +1,14 @@
-"""What `longwave bench ops` measures: operators, their sizes, and whom they run beside."""
+"""What `longwave bench ops` measures on the CPU: operators, their sizes, and whom they run beside."""
 
-import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
-from torch import Tensor
 from torch.nn.functional import linear
 
 from longwave import ops
 from longwave.bench import plain
-from longwave.bench.calls import Inputs
+from longwave.bench.case import Case, fft_conv_operations, first, mamba3_operations, step_inputs
 from longwave.bench.peers import OURS
 from longwave.ops.causal_conv1d import causal_conv1d_step
 from longwave.ops.causal_conv1d import samples as conv_samples
@@ -31,45 +27,6 @@ from longwave.ops.ssd import ssd_step
 from longwave.ops.ssm_kernel import samples as kernel_samples
 from longwave.ops.ssm_kernel import vandermonde_kernel
 
-
-@dataclass(frozen=True, kw_only=True)
-class Case:
-    """One operator. `make(shape, dtype, seed=)` gives its keyword arguments, a contender takes them and returns y.
-
-    `operations(shape)` of the forward, a multiply-add being two. `forward_only` names contenders that are not timed
-    backward. `peers`: a contender's name, its source among SOURCES, and its function there. `copies` of the inputs take
-    turns, so that a step reads its weights and its state from where the layers of a model have them.
-    """
-
-    full: dict[str, Any]
-    small: dict[str, Any]
-    make: Callable[..., Inputs]
-    contenders: dict[str, Callable[..., Tensor]]
-    operations: Callable[[dict[str, Any]], int]
-    dtype: torch.dtype = torch.float32
-    backward: bool = True
-    forward_only: tuple[str, ...] = ()
-    peers: tuple[tuple[str, str, str], ...] = ()
-    copies: int = 1
-
-
-def _first(op: Callable[..., tuple[Tensor, Any]], **options: Any) -> Callable[..., Tensor]:
-    """`op` without its final state."""
-    return lambda **inputs: op(**inputs, **options)[0]
-
-
-def _step_inputs(make: Callable[..., Inputs], initial_state: Callable[..., Any], sequences: tuple[str, ...]):
-    """The inputs of a step: those of a sequence of one token, without its axis, and a state."""
-
-    def make_step(shape: dict[str, Any], dtype: torch.dtype, seed: int = 0) -> Inputs:
-        inputs = make(shape | {"l": 1}, dtype, seed=seed)
-        inputs |= {name: inputs[name][:, 0] for name in sequences if inputs[name] is not None}
-        inputs.pop("chunk_len", None)
-        return {"state": initial_state(shape, dtype, seed=seed)} | inputs
-
-    return make_step
-
-
 _LENGTH = {"l": 2048}
 _SMALL_LENGTH = {"l": 40}
 _SCAN = {"b": 1, "e": 1536, "n": 16}
@@ -79,12 +36,6 @@ _SMALL_MAMBA3 = {"b": 1, "h": 2, "p": 32, "r": 1, "g": 1, "n": 16, "s": 4, "z": 
 _SMALL_SCAN = {"b": 1, "e": 64, "n": 16}
 _SMALL_SSD = {"b": 1, "h": 2, "p": 32, "n": 16, "g": 1, "dt_softplus": True}
 _LAYERS = 24  # of the 130M models
-
-
-def _mamba3_operations(shape: dict[str, Any]) -> int:
-    """As its recurrence, for one rank: decay, two outer products, read-out, D, gate; q and k biased and turned."""
-    p, n, s = shape["p"], shape["n"], shape["s"]
-    return shape["b"] * shape["l"] * shape["h"] * (7 * p * n + 7 * p + 2 * (n + 6 * s) + 6)
 
 
 _linear = {
@@ -106,12 +57,11 @@ _fft_conv = Case(
     small={"b": 1, "e": 24, "D": True, "l": 40, "k": 40},
     make=fft_samples.make,
     contenders={
-        OURS: _first(ops.fft_conv),
+        OURS: first(ops.fft_conv),
         "torch fft": plain.fft_conv,
         "torch fft, transposed": partial(plain.fft_conv, transpose=True),
     },
-    # three real FFTs of length 2 l, and the product of two of them
-    operations=lambda s: s["b"] * s["e"] * s["l"] * (round(15 * math.log2(2 * s["l"])) + 6),
+    operations=fft_conv_operations,
 )
 
 CASES: dict[str, Case] = {
@@ -120,9 +70,9 @@ CASES: dict[str, Case] = {
         small=_SMALL_SCAN | _SMALL_LENGTH | {"z": False, "dt_bias": False},
         make=scan_samples.make,
         contenders={
-            OURS: _first(ops.selective_scan),
+            OURS: first(ops.selective_scan),
             "torch loop": plain.selective_scan,
-            "reference": _first(ops.selective_scan, impl="reference"),
+            "reference": first(ops.selective_scan, impl="reference"),
         },
         operations=lambda s: s["b"] * s["l"] * s["e"] * (7 * s["n"] + 3),
         peers=(("mambapy pscan", "mambapy", "selective_scan"),),
@@ -132,8 +82,8 @@ CASES: dict[str, Case] = {
         small=_SMALL_SSD | _SMALL_LENGTH,
         make=ssd_samples.make,
         contenders={
-            OURS: _first(ops.ssd),
-            "reference": _first(ops.ssd, impl="reference"),
+            OURS: first(ops.ssd),
+            "reference": first(ops.ssd, impl="reference"),
         },
         # as its recurrence, which blocks of matrix products exceed
         operations=lambda s: s["b"] * s["l"] * s["h"] * (5 * s["p"] * s["n"] + 3 * s["p"] + 2),
@@ -145,10 +95,10 @@ CASES: dict[str, Case] = {
         small=_SMALL_MAMBA3 | _SMALL_LENGTH,
         make=mamba3_samples.make,
         contenders={
-            OURS: _first(ops.mamba3_scan),
-            "reference": _first(ops.mamba3_scan, impl="reference"),
+            OURS: first(ops.mamba3_scan),
+            "reference": first(ops.mamba3_scan, impl="reference"),
         },
-        operations=_mamba3_operations,
+        operations=mamba3_operations,
         forward_only=("reference",),  # as that of ssd
     ),
     "causal_conv1d": Case(
@@ -156,9 +106,9 @@ CASES: dict[str, Case] = {
         small={"b": 1, "l": 40, "e": 64, "w": 4, "activation": "silu"},
         make=conv_samples.make,
         contenders={
-            OURS: _first(ops.causal_conv1d),
+            OURS: first(ops.causal_conv1d),
             "torch conv1d": plain.causal_conv1d,
-            "reference": _first(ops.causal_conv1d, impl="reference"),
+            "reference": first(ops.causal_conv1d, impl="reference"),
         },
         operations=lambda s: s["b"] * s["l"] * s["e"] * 2 * s["w"],
     ),
@@ -169,9 +119,9 @@ CASES: dict[str, Case] = {
         small=_SMALL_DIAGONAL | _SMALL_LENGTH,
         make=diagonal_samples.make,
         contenders={
-            OURS: _first(ops.diagonal_scan),
+            OURS: first(ops.diagonal_scan),
             "torch loop": plain.diagonal_scan,
-            "reference": _first(ops.diagonal_scan, impl="reference"),
+            "reference": first(ops.diagonal_scan, impl="reference"),
         },
         operations=lambda s: s["b"] * s["l"] * s["e"] * (22 * s["n"] + 2),  # an exponential counts as two
         forward_only=("reference",),
@@ -202,7 +152,7 @@ CASES: dict[str, Case] = {
     "selective_scan_step": Case(
         full=_SCAN | {"dt_softplus": True},
         small=_SMALL_SCAN | {"dt_softplus": True},
-        make=_step_inputs(scan_samples.make, scan_samples.initial_state, ("x", "dt", "B", "C", "z")),
+        make=step_inputs(scan_samples.make, scan_samples.initial_state, ("x", "dt", "B", "C", "z")),
         contenders={OURS: selective_scan_step, "torch": plain.selective_scan_step},
         operations=lambda s: s["b"] * s["e"] * (7 * s["n"] + 3),
         backward=False,
@@ -211,7 +161,7 @@ CASES: dict[str, Case] = {
     "ssd_step": Case(
         full=_SSD,
         small=_SMALL_SSD,
-        make=_step_inputs(ssd_samples.make, ssd_samples.initial_state, ("x", "dt", "B", "C")),
+        make=step_inputs(ssd_samples.make, ssd_samples.initial_state, ("x", "dt", "B", "C")),
         contenders={OURS: ssd_step, "torch": plain.ssd_step},
         operations=lambda s: s["b"] * s["h"] * (5 * s["p"] * s["n"] + 3 * s["p"] + 2),
         backward=False,
@@ -220,18 +170,18 @@ CASES: dict[str, Case] = {
     "mamba3_scan_step": Case(
         full=_MAMBA3,
         small=_SMALL_MAMBA3,
-        make=_step_inputs(
+        make=step_inputs(
             mamba3_samples.make, mamba3_samples.initial_state, ("x", "dt", "A", "B", "C", "trap", "angles", "z")
         ),
         contenders={OURS: mamba3_scan_step, "torch": plain.mamba3_scan_step},
-        operations=lambda s: _mamba3_operations(s | {"l": 1}),
+        operations=lambda s: mamba3_operations(s | {"l": 1}),
         backward=False,
         copies=_LAYERS,
     ),
     "diagonal_scan_step": Case(
         full=_DIAGONAL,
         small=_SMALL_DIAGONAL,
-        make=_step_inputs(diagonal_samples.make, diagonal_samples.initial_state, ("u", "dt")),
+        make=step_inputs(diagonal_samples.make, diagonal_samples.initial_state, ("u", "dt")),
         contenders={OURS: diagonal_scan_step, "torch": plain.diagonal_scan_step},
         operations=lambda s: s["b"] * s["e"] * (22 * s["n"] + 2),
         backward=False,
@@ -240,7 +190,7 @@ CASES: dict[str, Case] = {
     "causal_conv1d_step": Case(
         full={"b": 1, "e": 1536, "w": 4, "activation": "silu"},
         small={"b": 1, "e": 64, "w": 4, "activation": "silu"},
-        make=_step_inputs(conv_samples.make, conv_samples.initial_state, ("x",)),
+        make=step_inputs(conv_samples.make, conv_samples.initial_state, ("x",)),
         contenders={OURS: causal_conv1d_step, "torch": plain.causal_conv1d_step},
         operations=lambda s: s["b"] * s["e"] * 2 * s["w"],
         backward=False,

@@ -7,15 +7,18 @@ from pathlib import Path
 import torch
 
 import longwave
+from longwave.ops.register import gpu_forms
 from longwave.training.environment import environment
 
-PEER_PACKAGES = ("transformers", "mambapy", "llama-cpp-python")
+PACKAGES = ("triton", "transformers", "mambapy", "llama-cpp-python", "mamba-ssm", "causal-conv1d", "fla-core")
 
 
-def machine() -> dict[str, str]:
-    """Processor, threads, system, versions, and the commit if longwave runs from a git checkout."""
-    facts = environment(torch.device("cpu"))
-    facts |= {name: version for name in PEER_PACKAGES if (version := _version(name))}
+def machine(device: torch.device) -> dict[str, str]:
+    """Processor, threads, system, device, versions, and the commit if longwave runs from a git checkout."""
+    facts = environment(device)
+    if device.type == "cuda":
+        facts |= {"cuda": str(torch.version.cuda), "forms": gpu_forms(device)}
+    facts |= {name: version for name in PACKAGES if (version := _version(name))}
     commit = _commit(Path(longwave.__file__).parent)
     return facts | ({"commit": commit} if commit else {})
 

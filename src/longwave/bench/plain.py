@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.fft import irfft, rfft
 from torch.nn.functional import conv1d, rms_norm, silu, softplus
 
+from longwave.bench.calls import Adapted
 from longwave.ops.mamba3_scan import Mamba3ScanState
 
 
@@ -44,6 +45,18 @@ def fft_conv(x: Tensor, kernel: Tensor, D: Tensor, transpose: bool = False, **_:
     return (y.transpose(1, 2) if transpose else y) + D * x
 
 
+def _fft_conv_rows(x: Tensor, kernel: Tensor, D: Tensor) -> Tensor:
+    l = x.shape[-1]
+    y = irfft(rfft(x.float(), 2 * l) * rfft(kernel, 2 * l), 2 * l)[..., :l]
+    return (y + D[:, None] * x).to(x.dtype).transpose(1, 2)
+
+
+FFT_CONV_ROWS = Adapted(
+    lambda x, kernel, D, **_: {"x": x.transpose(1, 2).contiguous(), "kernel": kernel, "D": D}, _fft_conv_rows
+)
+"""With channels first, which torch's FFT likes best, and in float32, which it has."""
+
+
 def diagonal_scan(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, **_: Any) -> Tensor:
     """Its zero-order hold, as a loop over time in complex numbers."""
     A, B, C = (torch.view_as_complex(t) for t in (A, B, C))
@@ -66,7 +79,7 @@ def diagonal_scan_step(
 
 def vandermonde_kernel(C: Tensor, dtA: Tensor, l: int) -> Tensor:
     """The product as it is written, for 32 channels at a time: all exponentials of 1024 would take 4 GB."""
-    t, weights, modes = torch.arange(l), torch.view_as_complex(C), torch.view_as_complex(dtA)
+    t, weights, modes = torch.arange(l, device=C.device), torch.view_as_complex(C), torch.view_as_complex(dtA)
     blocks = zip(weights.split(32, 1), modes.split(32), strict=True)
     return torch.cat([2 * torch.einsum("men,enl->mel", c, torch.exp(a[..., None] * t)).real for c, a in blocks], dim=1)
 
@@ -74,13 +87,14 @@ def vandermonde_kernel(C: Tensor, dtA: Tensor, l: int) -> Tensor:
 def factored_vandermonde_kernel(C: Tensor, dtA: Tensor, l: int) -> Tensor:
     """With t = 128 i + j: exponentials of 128 i and of j alone, and a batched product."""
     weights, modes = torch.view_as_complex(C), torch.view_as_complex(dtA)[..., None]
-    coarse, fine = torch.exp(128 * modes * torch.arange(-(-l // 128))), torch.exp(modes * torch.arange(128))
+    blocks, inner = (torch.arange(n, device=C.device) for n in (-(-l // 128), 128))
+    coarse, fine = torch.exp(128 * modes * blocks), torch.exp(modes * inner)
     K = 2 * torch.einsum("meni,enj->meij", weights[..., None] * coarse, fine).real
     return K.flatten(2)[..., :l]
 
 
 def gated_rms_norm(x: Tensor, weight: Tensor, z: Tensor, eps: float, **_: Any) -> Tensor:
-    return rms_norm(x * silu(z), (x.shape[-1],), weight, eps)
+    return rms_norm(x * silu(z), (x.shape[-1],), weight.to(x.dtype), eps)
 
 
 def selective_scan_step(

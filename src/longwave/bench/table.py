@@ -1,4 +1,4 @@
-"""Tables of plain text: names to the left, numbers to the right."""
+"""Tables: names to the left, numbers to the right."""
 
 from collections.abc import Sequence
 
@@ -7,6 +7,12 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Columns as wide as their widest entry, the first aligned to the left and the others to the right."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     return "\n".join(_line(row, widths) for row in (header, *rows))
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table for a page of Markdown."""
+    lines = (header, ["---"] * len(header), *rows)
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def number(value: float | None, digits: int = 3) -> str:

@@ -62,17 +62,27 @@ class Harness:
         self.config = config
         self._probe, self._clock, self._sleep = probe, clock, sleep
 
-    def measure(self, case: str, contenders: Mapping[str, Callable[[], float]]) -> dict[str, Figure]:
+    def measure(
+        self, case: str, contenders: Mapping[str, Callable[[], float]], failed: dict[str, str] | None = None
+    ) -> dict[str, Figure]:
         """The figures of contenders that each do a run and return the seconds it took.
 
         Every contender has a first run that does not count: it loads and compiles. Then they take turns until each has
-        its accepted runs or patience ends.
+        its accepted runs or patience ends. One whose first run raises is left out and put into `failed`, with the
+        reason; without `failed` it raises.
         """
         end = self._clock() + self.config.patience
-        accepted: dict[str, list[float]] = {name: [] for name in contenders}
+        accepted: dict[str, list[float]] = {}
         with ProgressLine(case, len(contenders) * (self.config.runs + 1)) as progress:
-            for run in contenders.values():
-                run()
+            for name, run in contenders.items():
+                try:
+                    run()
+                except Exception as error:
+                    if failed is None:
+                        raise
+                    failed[name] = reason(error)
+                else:
+                    accepted[name] = []
                 progress.add(1)
             quiet = self._quiet()
             for name in self._turns(accepted):
@@ -96,6 +106,11 @@ class Harness:
 
     def _quiet(self) -> bool:
         return self._probe is None or self._probe() <= self.config.limit
+
+
+def reason(error: Exception) -> str:
+    """What went wrong, in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def ratio(peer: Figure, ours: Figure) -> float | None:

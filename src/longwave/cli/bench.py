@@ -1,11 +1,13 @@
 """`longwave bench`: measure operators and models, beside other libraries where installed."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Annotated, Any, Literal
 
 import torch
 from cyclopts import Parameter
 
+from longwave.bench.first_call import first_calls, nothing_compiled
 from longwave.bench.machine import machine
 from longwave.bench.model import Work
 from longwave.bench.model import run as run_model
@@ -14,8 +16,9 @@ from longwave.bench.quiet import GapProbe
 from longwave.bench.timing import Harness
 from longwave.cli.options import chosen, make_app, options_of, print_json
 from longwave.config import nearest
-from longwave.errors import UsageError
+from longwave.errors import LongwaveError, UsageError
 from longwave.models.presets import PRESETS
+from longwave.training.job import pick_device
 
 HarnessOptions = options_of(Harness.Config)
 WorkOptions = options_of(Work)
@@ -26,6 +29,7 @@ app = make_app(
     "bench",
     (
         "longwave bench ops --op selective_scan --op ssd",
+        "longwave bench ops --device cuda --peers",
         "longwave bench model mamba-130m",
         "longwave bench model mamba2-130m --peers llama.cpp --train 0 --json",
     ),
@@ -36,23 +40,32 @@ app = make_app(
 def ops(
     *,
     op: tuple[str, ...] = (),
+    device: str = "cpu",
+    peers: bool = True,
     sizes: Literal["small", "full"] = "full",
+    first_call: bool = False,
     harness: Annotated[HarnessOptions, Parameter(name="*")] = HarnessOptions(),  # pyright: ignore[reportInvalidTypeForm]  # noqa: B008
     no_gate: bool = False,
     threads: int | None = None,
     seed: int = 0,
     json: bool = False,
 ) -> None:
-    """Time operators on the CPU, forward and backward, beside plain torch, other libraries and the machine's best.
+    """Time operators, forward and backward, beside plain torch, other libraries and the machine's best.
 
     Parameters
     ----------
     op
-        An operator or a step; may be given several times. By default all.
+        An operator, a step or one of its cases; may be given several times. By default all.
+    device
+        cpu, or cuda: another set of cases, timed by the GPU's own clock.
+    peers
+        Time other libraries too. Those not installed are named.
     sizes
-        full: as in the 130M models. small: to see that it works.
+        full: on the CPU as in the 130M models, on a GPU those of large layers. small: to see that it works.
+    first_call
+        Begin with nothing compiled, and end with the seconds that first calls took.
     no_gate
-        Accept every run, not only those between two looks at the machine that find it quiet.
+        Accept every run, not only those between two looks at the machine that find it quiet. A GPU has no such gate.
     threads
         Of every library; by default torch's.
     seed
@@ -61,10 +74,16 @@ def ops(
         One line of JSON only, without the tables.
     """
 
-    def run(harness: Harness, say: Callable[[str], None]) -> dict:
-        return run_ops(op, harness, sizes=sizes, seed=seed, say=say)
+    where = pick_device(device)
 
-    _report("ops", chosen(harness), not no_gate, threads, seed, json, run)
+    def run(harness: Harness, say: Callable[[str], None]) -> dict:
+        with nothing_compiled() if first_call else nullcontext():
+            found = run_ops(op, harness, device=where, sizes=sizes, peers=peers, seed=seed, say=say)
+        if first_call:
+            say(f"\n{first_calls(found['cases'])}")
+        return found
+
+    _report("ops", chosen(harness), where, not no_gate, threads, seed, json, run)
 
 
 @app.command
@@ -105,24 +124,28 @@ def model(
     def run(harness: Harness, say: Callable[[str], None]) -> dict:
         return {"model": preset} | run_model(PRESETS[preset](), harness, wanted, peers=peers, seed=seed, say=say)
 
-    _report("model", chosen(harness), not no_gate, threads, seed, json, run)
+    _report("model", chosen(harness), torch.device("cpu"), not no_gate, threads, seed, json, run)
 
 
 def _report(
     benchmark: str,
     options: dict[str, Any],
+    device: torch.device,
     gate: bool,
     threads: int | None,
     seed: int,
     json: bool,
     run: Callable[[Harness, Callable[[str], None]], dict],
 ) -> None:
-    """Run a benchmark; print its tables as they come, and one line of JSON last."""
+    """Run a benchmark; print its tables as they come, and one line of JSON last.
+
+    Raises LongwaveError after it if contenders disagreed.
+    """
     if threads is not None:
         if threads < 1:
             raise UsageError(f"bench: threads must be at least 1, got {threads}")
         torch.set_num_threads(threads)
-    config, facts = Harness.Config(**options), machine()
+    config, facts, gate = Harness.Config(**options), machine(device), gate and device.type == "cpu"
     settings = options | {"gate": gate, "seed": seed}
 
     def say(text: str) -> None:
@@ -138,3 +161,5 @@ def _report(
             probe.close()
     say("")
     print_json({"benchmark": benchmark, "machine": facts, "settings": settings} | found)
+    if wrong := found.get("wrong"):
+        raise LongwaveError("; ".join(wrong.values()))

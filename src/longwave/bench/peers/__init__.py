@@ -53,14 +53,16 @@ class Trainable(Protocol):
 class Source(NamedTuple):
     """Where a peer comes from: `module` has `open_peer(folder, precision, n_threads)`, and `open_trainable` likewise.
 
-    `formats` are those that it runs, `inference` and `training` the precisions that are timed.
+    `formats` are those that it runs, `inference` and `training` the precisions that are timed, on `devices`. One
+    without formats has operators only.
     """
 
     module: str
     install: str
-    formats: tuple[str, ...]
-    inference: tuple[str, ...]
-    training: tuple[str, ...]
+    formats: tuple[str, ...] = ()
+    inference: tuple[str, ...] = ()
+    training: tuple[str, ...] = ()
+    devices: tuple[str, ...] = ("cpu",)
 
 
 class PeerMissing(Exception):
@@ -70,7 +72,7 @@ class PeerMissing(Exception):
 AUTOCAST = "bfloat16 autocast"
 OURS = "longwave"
 SOURCES = {
-    OURS: Source("ours", "", ("mamba", "mamba2"), ("float32", "bfloat16"), ("float32", AUTOCAST)),
+    OURS: Source("ours", "", ("mamba", "mamba2"), ("float32", "bfloat16"), ("float32", AUTOCAST), ("cpu", "cuda")),
     "transformers": Source(
         "transformers",
         "pip install transformers",
@@ -79,9 +81,10 @@ SOURCES = {
         ("float32", AUTOCAST),
     ),
     "mambapy": Source("mambapy", "pip install mambapy", ("mamba",), ("float32",), ("float32",)),
-    "llama.cpp": Source(
-        "llama_cpp", "pip install llama-cpp-python gguf", ("mamba", "mamba2"), ("f32", "bf16", "q8_0"), ()
-    ),
+    "llama.cpp": Source("llama_cpp", "pip install llama-cpp-python gguf", ("mamba", "mamba2"), ("f32", "bf16", "q8_0")),
+    "mamba_ssm": Source("mamba_ssm", "pip install mamba-ssm causal-conv1d"),
+    "causal_conv1d": Source("causal_conv1d", "pip install causal-conv1d"),
+    "fla": Source("fla", "pip install fla-core"),
 }
 
 
