@@ -65,6 +65,14 @@ def moved(kwargs: dict[str, Any], device: str) -> dict[str, Any]:
     return replaced(others, new)
 
 
+def one_token(kwargs: dict[str, Any]) -> tuple[dict[str, Any], Any]:
+    """The arguments of the operator's step for the first token of these, and the state it goes on from."""
+    b, l = next(iter(kwargs.values())).shape[:2]
+    kept = {k: v for k, v in kwargs.items() if k not in ("initial_state", "chunk_len")}
+    token = {k: v[:, 0] if isinstance(v, Tensor) and v.shape[:2] == (b, l) else v for k, v in kept.items()}
+    return token, kwargs["initial_state"]
+
+
 def flattened(out: Any) -> tuple[Tensor, ...]:
     return (out,) if isinstance(out, Tensor) else tuple(tensor for part in out for tensor in flattened(part))
 

@@ -8,7 +8,7 @@ import importlib.util
 
 import pytest
 import torch
-from test_ops import CASES, STATEFUL, cast, flattened, inputs, samples, tensors, within_budget
+from test_ops import CASES, STATEFUL, cast, flattened, inputs, one_token, samples, tensors, within_budget
 
 from longwave.ops import OPS
 
@@ -106,20 +106,12 @@ def test_step(interpreted, name):
     """A step equals the reference on one token, and updates the state in place."""
     module = interpreted(name)
     kwargs = inputs(name, 1, torch.float32, state=True)
-    state = kwargs.pop("initial_state")
     b, l = next(iter(kwargs.values())).shape[:2]
-    first = {
-        key: value[:, :1] if isinstance(value, torch.Tensor) and value.shape[:2] == (b, l) else value
-        for key, value in kwargs.items()
-    }
-    y, final = OPS[name](**first, initial_state=state, impl="reference")
-    token = {
-        key: value[:, 0] if isinstance(value, torch.Tensor) and value.shape[:2] == (b, 1) else value
-        for key, value in first.items()
-    }
+    first = {k: v[:, :1] if isinstance(v, torch.Tensor) and v.shape[:2] == (b, l) else v for k, v in kwargs.items()}
+    y, final = OPS[name](**first, impl="reference")
+    token, state = one_token(kwargs)
     api = importlib.import_module(f"longwave.ops.{name}.api")
     assert hasattr(module, "step")
-    token.pop("chunk_len", None)
     stepped = getattr(api, f"{name}_step")(state, **token)
     torch.testing.assert_close(stepped, y[:, 0], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(state, final, rtol=1e-5, atol=1e-6)

@@ -65,7 +65,8 @@ def test_error_budget(form, i):
 
 def test_runs_of_l_make_no_difference(kernels, monkeypatch):
     """One channel: sums over l are cut."""
-    monkeypatch.setattr(kernels, "_SUMS", {"Q": 16, "BI": 16, "BN": 16})
+    monkeypatch.setattr(kernels, "_TABLE", {"Q": 16, "FINE": 4})
+    monkeypatch.setattr(kernels, "_SUMS", {"BI": 16, "BN": 16, "num_warps": 4})
     for form in FORMS:
         within_budget(form, {"m": 1, "e": 1, "n": 2, "l": 1500})
 

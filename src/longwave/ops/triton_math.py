@@ -7,6 +7,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.target_info import is_cuda
 
 LOG2E = tl.constexpr(1.4426950408889634)
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -25,8 +26,27 @@ def step_size(dt, SOFTPLUS: tl.constexpr):
 
 
 @triton.jit
+def sigmoid(x):
+    """1 / (1 + exp(-x)), x in float32. On NVIDIA by instructions that take numbers below 1e-38 for 0: half as many."""
+    if is_cuda():
+        return tl.inline_asm_elementwise(
+            """{ .reg .f32 t;
+            mul.ftz.f32 t, $1, 0fBFB8AA3B;
+            ex2.approx.ftz.f32 t, t;
+            add.ftz.f32 t, t, 0f3F800000;
+            rcp.approx.ftz.f32 $0, t; }""",
+            "=f,f",
+            [x],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=1,
+        )
+    return 1.0 / (1.0 + tl.exp(-x))
+
+
+@triton.jit
 def silu(x):
-    return x / (1.0 + tl.exp(-x))
+    return x * sigmoid(x)
 
 
 @triton.jit

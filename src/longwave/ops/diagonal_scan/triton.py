@@ -511,43 +511,52 @@ def _backward_kernel(
 
 
 @triton.jit
+def _pairs_at(x, cell, inside):
+    """The two parts, in float32, of pairs that lie side by side at `cell`, (rows, 2 columns)."""
+    values = tl.load(x + cell, mask=inside, other=0.0).to(tl.float32)
+    return tl.split(tl.reshape(values, (values.shape[0], values.shape[1] // 2, 2)))
+
+
+@triton.jit
 def _step_kernel(
-    state, u, dt, A, B, C, D, y, e, n, stride_ub, stride_tb,
+    state, u, dt, A, B, C, D, y, b, e, n, per_program, stride_ub, stride_tb,
     METHOD: tl.constexpr, STATES: tl.constexpr, SKIP: tl.constexpr, BE: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """All numbers as pairs side by side."""
+    """Some rows, one after the other, of some channels. All numbers are pairs side by side."""
     blocks = tl.cdiv(e, BE)
-    row = (tl.program_id(0) // blocks).to(tl.int64)
-    i_e, i_n = tl.program_id(0) % blocks * BE + tl.arange(0, BE), tl.arange(0, BN)
+    first = (tl.program_id(0) // blocks).to(tl.int64) * per_program
+    i_e, i_n = tl.program_id(0) % blocks * BE + tl.arange(0, BE), tl.arange(0, 2 * BN)
     in_e = i_e < e
-    inside = in_e[:, None] & (i_n < n)[None, :]
-    cell = 2 * (i_e[:, None] * n + i_n[None, :])
-    re, im = _pair(A, 1, cell, inside)
-    size = tl.load(dt + row * stride_tb + i_e, mask=in_e, other=0.0).to(tl.float32)
-    x, z, F_re, F_im = _discretize(size[:, None], _modes(re, im, METHOD), METHOD)
-    at = state + row * (2 * e * n) + cell
-    h_re, h_im = _pair(at, 1, tl.zeros((BE, BN), tl.int32), inside)
-    h_re, h_im = _times(x, z, h_re, h_im)
-    if STATES:
-        u_re, u_im = _pair(u + row * stride_ub, 1, cell, inside)
-    else:
-        u_re, u_im = _pair(B, 1, cell, inside)
-        u_t = tl.load(u + row * stride_ub + i_e, mask=in_e, other=0.0).to(tl.float32)
-        u_re, u_im = u_re * u_t[:, None], u_im * u_t[:, None]
-    enter_re, enter_im = _times(F_re, F_im, u_re, u_im)
-    h_re += enter_re
-    h_im += enter_im
-    tl.store(at, h_re, mask=inside)
-    tl.store(at + 1, h_im, mask=inside)
-    if STATES:
-        tl.store(y + row * (2 * e * n) + cell, h_re.to(y.dtype.element_ty), mask=inside)
-        tl.store(y + row * (2 * e * n) + cell + 1, h_im.to(y.dtype.element_ty), mask=inside)
-    else:
-        C_re, C_im = _pair(C, 1, cell, inside)
-        y_t = 2.0 * tl.sum(C_re * h_re - C_im * h_im, 1)
-        if SKIP:
-            y_t += tl.load(D + i_e, mask=in_e, other=0.0).to(tl.float32) * u_t
-        tl.store(y + row * e + i_e, y_t.to(y.dtype.element_ty), mask=in_e)
+    inside = in_e[:, None] & (i_n < 2 * n)[None, :]
+    cell = i_e[:, None] * (2 * n) + i_n[None, :]
+    re, im = _pairs_at(A, cell, inside)
+    modes = _modes(re, im, METHOD)
+    if not STATES:
+        B_re, B_im = _pairs_at(B, cell, inside)
+        C_re, C_im = _pairs_at(C, cell, inside)
+    for row in range(first, tl.minimum(first + per_program, b)):
+        size = tl.load(dt + row * stride_tb + i_e, mask=in_e, other=0.0).to(tl.float32)
+        x, z, F_re, F_im = _discretize(size[:, None], modes, METHOD)
+        at = row * (2 * e * n) + cell
+        h_re, h_im = _pairs_at(state, at, inside)
+        h_re, h_im = _times(x, z, h_re, h_im)
+        if STATES:
+            u_re, u_im = _pairs_at(u + row * stride_ub, cell, inside)
+        else:
+            u_t = tl.load(u + row * stride_ub + i_e, mask=in_e, other=0.0).to(tl.float32)
+            u_re, u_im = B_re * u_t[:, None], B_im * u_t[:, None]
+        enter_re, enter_im = _times(F_re, F_im, u_re, u_im)
+        h_re += enter_re
+        h_im += enter_im
+        after = tl.reshape(tl.join(h_re, h_im), (BE, 2 * BN))
+        tl.store(state + at, after, mask=inside)
+        if STATES:
+            tl.store(y + at, after.to(y.dtype.element_ty), mask=inside)
+        else:
+            y_t = 2.0 * tl.sum(C_re * h_re - C_im * h_im, 1)
+            if SKIP:
+                y_t += tl.load(D + i_e, mask=in_e, other=0.0).to(tl.float32) * u_t
+            tl.store(y + row * e + i_e, y_t.to(y.dtype.element_ty), mask=in_e)
 
 
 _TILE = 4  # tokens that are loaded before the first of them is worked on
@@ -555,6 +564,7 @@ _CELLS = 256  # of the state of one warp
 _BACKWARD_CELLS = 128
 _STATES_TILE, _STATES_CELLS = 2, 128  # where a token has a number for every cell
 _SEGMENT = 256  # tokens of a segment that are worth a second pass over them
+_STEPS = 16  # programs of a step for each processor that are worth reading the parameters once more
 
 
 def forward(u, dt, A, B, C, D, initial_state, reset, lengths, method, chunk_len):
@@ -643,9 +653,11 @@ def step(state, u, dt, A, B, C, D, method):
     y = torch.empty(u.shape, dtype=u.dtype, device=u.device)
     BN = block(n, 1)
     BE = max(1, min(block(e, 1), 512 // BN))
+    blocks = triton.cdiv(e, BE)
+    per_program = max(1, b * blocks // (_STEPS * processors_of(u)))
     with device_of(u):
-        _step_kernel[(b * triton.cdiv(e, BE),)](
-            memory, u, dt, *parameters, y, e, n, u.stride(0), dt.stride(0),
+        _step_kernel[(blocks * triton.cdiv(b, per_program),)](
+            memory, u, dt, *parameters, y, b, e, n, per_program, u.stride(0), dt.stride(0),
             METHOD=method, STATES=B is None, SKIP=D is not None, BE=BE, BN=BN, num_warps=4,
         )  # fmt: skip
     if memory is not state:

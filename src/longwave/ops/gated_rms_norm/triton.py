@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from longwave.ops.triton_math import device_of
+from longwave.ops.triton_math import device_of, processors_of, sigmoid, silu
 
 
 @triton.jit
@@ -28,8 +28,7 @@ def _forward_kernel(
     column = group * GROUP + i
     u = tl.load(x + row * stride_x + column, mask=mask, other=0.0).to(tl.float32)
     if GATE:
-        gate = tl.load(z + row * stride_z + column, mask=mask, other=0.0).to(tl.float32)
-        gate = gate / (1.0 + tl.exp(-gate))
+        gate = silu(tl.load(z + row * stride_z + column, mask=mask, other=0.0).to(tl.float32))
         if not BEFORE:
             u *= gate
     u *= tl.rsqrt(tl.sum(u * u, 1)[:, None] / GROUP + eps)
@@ -44,7 +43,7 @@ def _forward_kernel(
 def _backward_kernel(
     dy, x, weight, z, dx, dweight, dz, eps, count, e, per_program, stride_y, stride_x, stride_z,
     WEIGHT: tl.constexpr, GATE: tl.constexpr, BEFORE: tl.constexpr, GROUP: tl.constexpr, BG: tl.constexpr,
-    BR: tl.constexpr,
+    BR: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     groups = e // GROUP
     group, part = tl.program_id(0) % groups, tl.program_id(0) // groups
@@ -52,7 +51,7 @@ def _backward_kernel(
     column = group * GROUP + i
     scale = tl.load(weight + column, mask=i < GROUP, other=0.0).to(tl.float32) if WEIGHT else 1.0
     total = tl.zeros((BR, BG), tl.float32)
-    for k in range(per_program):
+    for k in tl.range(per_program, num_stages=STAGES):
         row = (part.to(tl.int64) * per_program + k) * BR + tl.arange(0, BR)[:, None]
         mask = (row < count) & (i < GROUP)
         value = tl.load(x + row * stride_x + column, mask=mask, other=0.0).to(tl.float32)
@@ -60,8 +59,9 @@ def _backward_kernel(
         u = value
         if GATE:
             raw = tl.load(z + row * stride_z + column, mask=mask, other=0.0).to(tl.float32)
-            share = 1.0 / (1.0 + tl.exp(-raw))
-            gate, slope = raw * share, share * (1.0 + raw * (1.0 - share))
+            share = sigmoid(raw)
+            gate = raw * share
+            slope = share + gate * (1.0 - share)
             if not BEFORE:
                 u = value * gate
         r = tl.rsqrt(tl.sum(u * u, 1)[:, None] / GROUP + eps)
@@ -82,8 +82,8 @@ def _backward_kernel(
         tl.store(dweight + part.to(tl.int64) * e + column, tl.sum(total, 0)[None, :], mask=i < GROUP)
 
 
-_NUMBERS = 4096  # of a program at once
-_PARTS = 264  # programs over rows, each with a part of dweight of its own
+_NUMBERS = 1024  # of a program at once
+_WAITING = 48 * 1024  # bytes of shared memory for rows that are on their way while others are worked on
 
 
 def forward(x, weight, z, eps, group_size, norm_before_gate):
@@ -104,14 +104,17 @@ def backward(dy, x, weight, z, eps, group_size, norm_before_gate):
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     dz = x.new_empty(0) if z is None else torch.empty(z.shape, dtype=z.dtype, device=x.device)
     flags = _flags(weight, z, group_size, norm_before_gate)
+    flags["num_warps"] = 8 if flags["BG"] >= 4096 else 4
     tiles, groups = triton.cdiv(count, flags["BR"]), e // group_size
-    per_program = triton.cdiv(tiles, max(1, _PARTS // groups))
+    programs = processors_of(x) * (8 // flags["num_warps"])  # each with a part of dweight of its own
+    per_program = triton.cdiv(tiles, max(1, programs // groups))
     parts = triton.cdiv(tiles, per_program)
     dweight = torch.empty(parts, e, dtype=torch.float32, device=x.device)
     with device_of(x):
         _backward_kernel[(parts * groups,)](
             grad, flat, weight, gate, dx, dweight, dz, eps, count, e, per_program,
-            grad.stride(0), flat.stride(0), 0 if gate is None else gate.stride(0), **flags,
+            grad.stride(0), flat.stride(0), 0 if gate is None else gate.stride(0),
+            STAGES=1 + min(2, _WAITING // (3 * flags["BG"] * flags["BR"] * x.element_size())), **flags,
         )  # fmt: skip
     return dx, x.new_empty(0) if weight is None else dweight.sum(0).to(weight.dtype), dz
 
@@ -126,5 +129,5 @@ def _flags(weight: Tensor | None, z: Tensor | None, group_size: int, norm_before
     BG = triton.next_power_of_2(group_size)
     return {
         "WEIGHT": weight is not None, "GATE": z is not None, "BEFORE": norm_before_gate, "GROUP": group_size, "BG": BG,
-        "BR": max(1, min(16, _NUMBERS // 4 // BG)), "num_warps": 4 if BG <= 4096 else 8,
+        "BR": max(1, min(16, _NUMBERS // BG)), "num_warps": 4 if BG <= 4096 else 8,
     }  # fmt: skip

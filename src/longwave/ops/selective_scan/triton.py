@@ -405,14 +405,15 @@ def step(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, log_A):
     x, dt, B, C, z = (None if t is None else rows(t) for t in (x, dt, B, C, z))
     memory = rows(state)
     y = torch.empty(b, e, dtype=x.dtype, device=x.device)
+    cells = 2048 if state.numel() > 8192 * processors_of(x) else 256
     BN = block(n, 1)
-    BE = max(1, 1024 // BN)
+    BE = max(1, cells // BN)
     with device_of(x):
         _step_kernel[(b * triton.cdiv(e, BE),)](
             memory, x, dt, A, B, C, D, z, dt_bias, y, e, n, *memory.stride()[:2], x.stride(0), dt.stride(0),
             *A.stride(), B.stride(0), C.stride(0), 0 if z is None else z.stride(0),
             SOFTPLUS=dt_softplus, BIAS=dt_bias is not None, SKIP=D is not None, GATE=z is not None, LOG_A=log_A,
-            BE=BE, BN=BN, num_warps=4,
+            BE=BE, BN=BN, num_warps=max(1, cells // 512),
         )  # fmt: skip
     if memory is not state:
         state.copy_(memory)

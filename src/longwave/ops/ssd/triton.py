@@ -534,12 +534,13 @@ def step(state, x, dt, A, B, C, D, dt_bias, dt_softplus, low, high):
     memory = rows(state)
     y = torch.empty(b, h, p, dtype=x.dtype, device=x.device)
     BN = block(n)
-    BP = max(1, min(block(p), 1024 // BN))
+    BP = max(1, min(block(p), 8192 // BN))
     with device_of(x):
         _step_kernel[(b * h, triton.cdiv(p, BP))](
             memory, x, dt, A, B, C, D, dt_bias, y, h, h // B.shape[1], p, n, low, high,
             *memory.stride()[:3], *x.stride()[:2], *dt.stride(), *B.stride()[:2], *C.stride()[:2], *_skip_strides(D),
-            SOFTPLUS=dt_softplus, BIAS=dt_bias is not None, SKIP=D is not None, BN=BN, BP=BP, num_warps=2,
+            SOFTPLUS=dt_softplus, BIAS=dt_bias is not None, SKIP=D is not None, BN=BN, BP=BP,
+            num_warps=max(1, BP * BN // 1024),
         )  # fmt: skip
     if memory is not state:
         state.copy_(memory)

@@ -28,15 +28,8 @@ _FAR = tl.constexpr(1e18)  # from all poles; its square is finite
 
 
 @triton.jit
-def _load_modes(dtA, k, n):
-    """The real part of some modes, and their quarter turns, in float64."""
-    re = tl.load(dtA + 2 * k, mask=k < n, other=0.0).to(tl.float64)
-    return re, tl.load(dtA + 2 * k + 1, mask=k < n, other=0.0).to(tl.float64) * QUARTERS
-
-
-@triton.jit
-def _powers(t, re, quarters, l):
-    """exp(t a) for a = re + i pi/2 quarters, as real and imaginary part in float32; 0 from t = l on."""
+def _powers(t, re, quarters):
+    """exp(t a) for a = re + i pi/2 quarters, as real and imaginary part in float32."""
     steps = t.to(tl.float64)
     size = steps * re
     halvings = tl.floor(size * LOG2E + 0.5)
@@ -45,37 +38,106 @@ def _powers(t, re, quarters, l):
     phase = steps * quarters
     whole = tl.floor(phase + 0.5)
     cosine, _, sine = cos_sin(whole - 4.0 * tl.floor(whole * 0.25), (phase - whole).to(tl.float32))
-    size = tl.where(t < l, size, 0.0)
     return size * cosine, size * sine
 
 
 @triton.jit
-def _vandermonde_kernel(
-    C, dtA, K, e, n, l, blocks, Q: tl.constexpr, BI: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr
+def _table_kernel(
+    dtA, table, n, rungs, per_program, Q: tl.constexpr, FINE: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr
 ):
+    """The powers exp(t a) of a channel (2, rungs, n), from which `_ladder` makes the others.
+
+    t = 0..FINE - 1 and its multiples below Q, then Q times the same, without an end.
+    """
+    channel = tl.program_id(0).to(tl.int64)
+    dtA += channel * (2 * n)
+    table += channel * (2 * rungs * n)
+    k = tl.program_id(2) * BN + tl.arange(0, BN)
+    re = tl.load(dtA + 2 * k, mask=k < n, other=0.0).to(tl.float64)
+    quarters = tl.load(dtA + 2 * k + 1, mask=k < n, other=0.0).to(tl.float64) * QUARTERS
+    for step in range(per_program):
+        p = (tl.program_id(1) * per_program + step) * BP + tl.arange(0, BP)
+        SHORT: tl.constexpr = FINE + Q // FINE
+        place = tl.where(p < SHORT, p, p - SHORT)
+        t = tl.where(place < FINE, place, (place - FINE) * FINE).to(tl.int64) * tl.where(p < SHORT, 1, Q)
+        x, y = _powers(t[:, None], re[None, :], quarters[None, :])
+        at, inside = table + p[:, None] * n + k[None, :], (p < rungs)[:, None] & (k < n)[None, :]
+        tl.store(at, x, mask=inside)
+        tl.store(at + rungs * n, y, mask=inside)
+
+
+@triton.jit
+def _times(a, b, x, y):
+    return a * x - b * y, a * y + b * x
+
+
+@triton.jit
+def _rungs(table, rungs, first, k, n, COUNT: tl.constexpr):
+    at = table + (first + tl.arange(0, COUNT))[:, None] * n + k[None, :]
+    x = tl.load(at, mask=(k < n)[None, :], other=0.0)
+    return x, tl.load(at + rungs * n, mask=(k < n)[None, :], other=0.0)
+
+
+@triton.jit
+def _ladder(fine_re, fine_im, coarse_re, coarse_im):
+    """The products of each coarse power with all fine ones: (count, BN)."""
+    x, y = _times(coarse_re[:, None, :], coarse_im[:, None, :], fine_re[None, :, :], fine_im[None, :, :])
+    COUNT: tl.constexpr = coarse_re.shape[0] * fine_re.shape[0]
+    return tl.reshape(x, (COUNT, x.shape[2])), tl.reshape(y, (COUNT, x.shape[2]))
+
+
+@triton.jit
+def _halves(x):
+    """x as the sum of two numbers that a matrix unit takes whole, of 11 bits, or nearly so."""
+    high = ((x.to(tl.uint32, bitcast=True) + 0x1000) & 0xFFFFE000).to(tl.float32, bitcast=True)
+    return high, x - high
+
+
+@triton.jit
+def _dot(x, y, total, PRECISION: tl.constexpr):
+    """total + x y; of halves but for PRECISION "ieee": Triton's own tf32x3 does the same, and looks for NaN."""
+    if PRECISION == "ieee":
+        return tl.dot(x, y, total, input_precision="ieee")
+    x, x_low = _halves(x)
+    y, y_low = _halves(y)
+    total = tl.dot(x_low, y, total, input_precision="tf32")
+    total = tl.dot(x, y_low, total, input_precision="tf32")
+    return tl.dot(x, y, total, input_precision="tf32")
+
+
+@triton.jit
+def _vandermonde_kernel(
+    C, table, K, e, n, l, rungs, blocks,
+    Q: tl.constexpr, FINE: tl.constexpr, BI: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """What is infinite in a row or a column of the factors reaches no other of K's, so that none has to be masked."""
     program = tl.program_id(0).to(tl.int64)
-    row = program // blocks
-    i, j = (program % blocks).to(tl.int32) * BI + tl.arange(0, BI), tl.arange(0, Q)
+    row, first = program // blocks, (program % blocks).to(tl.int32) * BI
     C += row * (2 * n)
-    dtA += row % e * (2 * n)
+    table += row % e * (2 * rungs * n)
     total = tl.zeros((BI, Q), tl.float32)
     for start in range(0, n, BN):
         k = start + tl.arange(0, BN)
-        re, quarters = _load_modes(dtA, k, n)
-        C_re = 2.0 * tl.load(C + 2 * k, mask=k < n, other=0.0)
-        C_im = 2.0 * tl.load(C + 2 * k + 1, mask=k < n, other=0.0)
-        x, y = _powers((i * Q)[:, None], re[None, :], quarters[None, :], l)
-        real, imag = _powers(j[None, :], re[:, None], quarters[:, None], l)
-        total = tl.dot(C_re[None, :] * x - C_im[None, :] * y, real, total, input_precision=PRECISION)
-        total = tl.dot(-C_re[None, :] * y - C_im[None, :] * x, imag, total, input_precision=PRECISION)
-    t = i[:, None] * Q + j[None, :]
+        real, imag = _rungs(table, rungs, FINE + Q // FINE + FINE + first // FINE, k, n, BI // FINE)
+        C_re = 2.0 * tl.load(C + 2 * k, mask=k < n, other=0.0)[None, :]
+        C_im = 2.0 * tl.load(C + 2 * k + 1, mask=k < n, other=0.0)[None, :]
+        real, imag = _times(C_re, C_im, real, imag)
+        x, y = _rungs(table, rungs, FINE + Q // FINE, k, n, FINE)
+        x, y = _ladder(x, y, real, imag)
+        real, imag = _rungs(table, rungs, FINE, k, n, Q // FINE)
+        z, w = _rungs(table, rungs, 0, k, n, FINE)
+        z, w = _ladder(z, w, real, imag)
+        total = _dot(x, tl.trans(z), total, PRECISION)
+        total = _dot(-y, tl.trans(w), total, PRECISION)
+    t = (first + tl.arange(0, BI)[:, None]) * Q + tl.arange(0, Q)[None, :]
     tl.store(K + row * l + t, total, mask=t < l)
 
 
 @triton.jit
 def _moments_kernel(
-    f, dtA, sums, e, n, l, per_split, splits, parts, stride_fm, stride_fe,
-    WEIGHTED: tl.constexpr, Q: tl.constexpr, BI: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
+    f, table, sums, e, n, l, rungs, per_split, splits, parts, stride_fm, stride_fe,
+    WEIGHTED: tl.constexpr, Q: tl.constexpr, FINE: tl.constexpr, BI: tl.constexpr, BN: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Sums over rows i of f_ij X_i, and if WEIGHTED of f_ij i X_i; and then over the columns j."""
     blocks = tl.cdiv(n, BN)
@@ -84,32 +146,45 @@ def _moments_kernel(
     split = program // blocks % splits
     row = program // (blocks * splits)
     f += row // e * stride_fm + row % e * stride_fe
-    re, quarters = _load_modes(dtA + row % e * (2 * n), k, n)
+    table += row % e * (2 * rungs * n)
+    ROWS: tl.constexpr = 4 * BN if WEIGHTED else 2 * BN
+    total = tl.zeros((ROWS, Q), tl.float32)  # rows: mode, real or imaginary part, not weighted or weighted
     j = tl.arange(0, Q)
-    a, b = tl.zeros((BN, Q), tl.float32), tl.zeros((BN, Q), tl.float32)
-    c, d = tl.zeros((BN, Q), tl.float32), tl.zeros((BN, Q), tl.float32)
     first = (split * per_split).to(tl.int32)
+    x, y = _rungs(table, rungs, FINE + Q // FINE, k, n, FINE)
     for start in range(first, tl.minimum(first + per_split, tl.cdiv(l, Q)), BI):
         i = start + tl.arange(0, BI)
         t = i[:, None] * Q + j[None, :]
         values = tl.load(f + t, mask=t < l, other=0.0).to(tl.float32)
-        x, y = _powers((i * Q)[None, :], re[:, None], quarters[:, None], l)
-        a = tl.dot(x, values, a, input_precision=PRECISION)
-        b = tl.dot(y, values, b, input_precision=PRECISION)
+        real, imag = _rungs(table, rungs, FINE + Q // FINE + FINE + start // FINE, k, n, BI // FINE)
+        real, imag = _ladder(x, y, real, imag)
+        both = tl.reshape(tl.join(real, imag), (BI, 2 * BN))
+        both = tl.where(i[:, None] * Q < l, both, 0.0)  # beyond they may be infinite
         if WEIGHTED:
-            number = i.to(tl.float32)[None, :]
-            c = tl.dot(number * x, values, c, input_precision=PRECISION)
-            d = tl.dot(number * y, values, d, input_precision=PRECISION)
-    x, y = _powers(j[None, :], re[:, None], quarters[:, None], l)
-    real, imag = x * a - y * b, x * b + y * a
+            both = tl.reshape(tl.join(both, both * i.to(tl.float32)[:, None]), (BI, ROWS))
+        total = _dot(tl.trans(both), values, total, PRECISION)
+    real, imag = _rungs(table, rungs, FINE, k, n, Q // FINE)
+    x, y = _rungs(table, rungs, 0, k, n, FINE)
+    x, y = _ladder(x, y, real, imag)
+    x, y = tl.where(j[:, None] < l, x, 0.0), tl.where(j[:, None] < l, y, 0.0)
+    x, y = tl.trans(x), tl.trans(y)
+    if WEIGHTED:
+        total = tl.permute(tl.reshape(total, (BN, 2, 2, Q)), (0, 3, 1, 2))
+        plain, weighted = tl.split(total)
+        a, b = tl.split(plain)
+        c, d = tl.split(weighted)
+    else:
+        a, b = tl.split(tl.permute(tl.reshape(total, (BN, 2, Q)), (0, 2, 1)))
+    real, imag = _times(x, y, a, b)
     at = sums + 2 * ((split * parts + row) * n + k)
     tl.store(at, tl.sum(real, 1), mask=k < n)
     tl.store(at + 1, tl.sum(imag, 1), mask=k < n)
     if WEIGHTED:
         at += splits * parts * (2 * n)
         number = j.to(tl.float32)[None, :]
-        tl.store(at, tl.sum(number * real + Q * (x * c - y * d), 1), mask=k < n)
-        tl.store(at + 1, tl.sum(number * imag + Q * (x * d + y * c), 1), mask=k < n)
+        c, d = _times(x, y, c, d)
+        tl.store(at, tl.sum(number * real + Q * c, 1), mask=k < n)
+        tl.store(at + 1, tl.sum(number * imag + Q * d, 1), mask=k < n)
 
 
 @triton.jit
@@ -187,8 +262,9 @@ def _cauchy_backward_kernel(dk, v, z, w, dv, dw, e, n, l, per_split, splits, par
     tl.store(dw + at + 1, tl.sum(dw_im, 1), mask=in_n)
 
 
-_KERNEL = {"Q": 128, "BI": 64, "BN": 16}
-_SUMS = {"Q": 64, "BI": 32, "BN": 16}
+_TABLE = {"Q": 128, "FINE": 8}
+_KERNEL = {"BI": 128, "BN": 16, "num_warps": 8}
+_SUMS = {"BI": 32, "BN": 32, "num_warps": 8}
 _NODES = 256
 # Three products of numbers of 11 bits, which NVIDIA's matrix units take, for one of 22.
 _PRECISION = "ieee" if torch.version.hip else "tf32x3"
@@ -196,12 +272,13 @@ _PRECISION = "ieee" if torch.version.hip else "tf32x3"
 
 def vandermonde(C: Tensor, dtA: Tensor, l: int) -> Tensor:
     m, e, n, _ = C.shape
-    C, dtA = C.to(torch.float32).contiguous(), dtA.contiguous()
+    C = C.to(torch.float32).contiguous()
     K = torch.empty(m, e, l, dtype=torch.float32, device=C.device)
-    blocks = triton.cdiv(l, _KERNEL["Q"] * _KERNEL["BI"])
+    blocks = triton.cdiv(l, _TABLE["Q"] * _KERNEL["BI"])
     with device_of(C):
+        table = _table(dtA, l, _KERNEL["BI"])
         _vandermonde_kernel[(m * e * blocks,)](
-            C, dtA, K, e, n, l, blocks, **_KERNEL, PRECISION=_PRECISION, num_warps=4
+            C, table, K, e, n, l, table.shape[2], blocks, **_TABLE, **_KERNEL, PRECISION=_PRECISION
         )  # fmt: skip
     return K
 
@@ -209,17 +286,32 @@ def vandermonde(C: Tensor, dtA: Tensor, l: int) -> Tensor:
 def moments(f: Tensor, dtA: Tensor, weighted: bool) -> tuple[Tensor, Tensor]:
     m, e, l = f.shape
     n = dtA.shape[1]
-    f, dtA = rows(f), dtA.contiguous()
+    f = rows(f)
     blocks = triton.cdiv(n, _SUMS["BN"])
-    per_split, splits = _split(m * e * blocks, triton.cdiv(l, _SUMS["Q"]), _SUMS["BI"], f)
+    per_split, splits = _split(m * e * blocks, triton.cdiv(l, _TABLE["Q"]), _SUMS["BI"], f)
     sums = torch.empty(2 if weighted else 1, splits, m, e, n, 2, dtype=torch.float32, device=f.device)
     with device_of(f):
+        table = _table(dtA, l, _SUMS["BI"])
         _moments_kernel[(m * e * splits * blocks,)](
-            f, dtA, sums, e, n, l, per_split, splits, m * e, *f.stride()[:2],
-            WEIGHTED=weighted, **_SUMS, PRECISION=_PRECISION, num_warps=4,
+            f, table, sums, e, n, l, table.shape[2], per_split, splits, m * e, *f.stride()[:2],
+            WEIGHTED=weighted, **_TABLE, **_SUMS, PRECISION=_PRECISION,
         )  # fmt: skip
     totals = [part.sum(0) for part in sums]
     return totals[0], totals[1] if weighted else f.new_empty(0, dtype=torch.float32)
+
+
+def _table(dtA: Tensor, l: int, tile: int) -> Tensor:
+    """The powers (e, 2, rungs, n) for l tokens, in tiles of so many rows."""
+    e, n, _ = dtA.shape
+    q, fine = _TABLE["Q"], _TABLE["FINE"]
+    rungs = fine + q // fine + fine + triton.cdiv(l, q * tile) * tile // fine
+    table = torch.empty(e, 2, rungs, n, dtype=torch.float32, device=dtA.device)
+    BN = block(n)
+    BP = max(1, 1024 // BN)
+    _table_kernel[(e, triton.cdiv(rungs, 4 * BP), triton.cdiv(n, BN))](
+        dtA.contiguous(), table, n, rungs, 4, **_TABLE, BP=BP, BN=BN, num_warps=4
+    )
+    return table
 
 
 def cauchy(v: Tensor, z: Tensor, w: Tensor) -> Tensor:
