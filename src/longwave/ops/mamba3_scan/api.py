@@ -80,7 +80,12 @@ def mamba3_scan(
     halves = pairs == "halves"
     tensors = (x, dt, A, B, C, trap, angles, B_bias, C_bias, D, mimo_x)
     if use_kernel(op, impl, x):
-        y, *final = _Mamba3Scan.apply(*tensors, *state, reset, lengths, halves, chunk_len)
+        finish = B.shape[2] == 1 and mimo_z is None and mimo_o is None
+        inside = z if finish else None
+        keep = inside is not None and torch.is_grad_enabled() and _any_wants_grad(*tensors, *state, z)
+        y, *final = _Mamba3Scan.apply(*tensors, *state, reset, lengths, halves, chunk_len, inside, finish, keep)
+        if finish:
+            return y.squeeze(2), Mamba3ScanState(*final)
     else:
         y, *final = reference.mamba3_scan(*tensors, state, reset, lengths, halves)
     if lengths is not None and z is not None:
@@ -138,6 +143,10 @@ def _gate(y: Tensor, z: Tensor | None, mimo_z: Tensor | None, mimo_o: Tensor | N
     return y.squeeze(-3)
 
 
+def _any_wants_grad(*tensors: Tensor | None) -> bool:
+    return any(t is not None and t.requires_grad for t in tensors)
+
+
 def _padding(lengths: Tensor, l: int) -> Tensor:
     return torch.arange(l, device=lengths.device) >= lengths[:, None]
 
@@ -192,17 +201,21 @@ def _check(
         raise ValueError(f"{op}: the s = {s} angles need 2 s <= n, and pairs='halves' an even n; got n = {n}")
 
 
-def _fake_forward(x, dt, A, B, C, trap, angles, B_bias, C_bias, D, mimo_x, angle, ssm, k, v, *rest):
+def _fake_forward(
+    x, dt, A, B, C, trap, angles, B_bias, C_bias, D, mimo_x, angle, ssm, k, v,
+    reset, lengths, halves, chunk_len, z, finish, keep,
+):  # fmt: skip
     exact = state_dtype(x.dtype)
     b, l, h, p = x.shape
     states = (
         t.new_empty(t.shape, dtype=dtype) for t, dtype in ((angle, exact), (ssm, exact), (k, x.dtype), (v, x.dtype))
     )
-    return x.new_empty((b, l, B.shape[2], h, p), dtype=exact), *states
+    size = (b, l, B.shape[2], h, p)
+    return x.new_empty(size, dtype=x.dtype if finish else exact), x.new_empty(size if keep else 0), *states
 
 
 def _fake_backward(dy, dangle, dssm, dk, dv, x, *rest):
-    inputs = (x, *rest[:14])
+    inputs = (x, *rest[:14], rest[-2])
     return tuple(x.new_empty(0) if t is None else t.new_empty(t.shape) for t in inputs)
 
 
@@ -216,14 +229,16 @@ _STATE = "Tensor angle, Tensor ssm, Tensor k, Tensor v"
 _ARGUMENTS = f"{_TOKENS}, {_PARAMETERS}, {_STATE}, Tensor? reset, Tensor? lengths, bool halves, int? chunk_len"
 _MODULE = "longwave.ops.mamba3_scan"
 _forward = define(
-    f"mamba3_scan_forward({_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    # y; if `finish` (one rank), gated by z and in x's dtype. What it was before the gate if `keep`, else empty. The state.
+    f"mamba3_scan_forward({_ARGUMENTS}, Tensor? z, bool finish, bool keep) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=_fake_forward,
     cpu=f"{_MODULE}.cpu:forward",
     cuda=f"{_MODULE}.triton:forward",
 )
 _backward = define(
-    f"mamba3_scan_backward(Tensor dy, Tensor dangle, Tensor dssm, Tensor dk, Tensor dv, {_ARGUMENTS}) -> "
-    f"({', '.join(['Tensor'] * 15)})",
+    f"mamba3_scan_backward(Tensor dy, Tensor dangle, Tensor dssm, Tensor dk, Tensor dv, {_ARGUMENTS}, "
+    f"Tensor? z, Tensor ungated) -> ({', '.join(['Tensor'] * 16)})",
     fake=_fake_backward,
     cpu=f"{_MODULE}.cpu:backward",
     cuda=f"{_MODULE}.triton:backward",
@@ -241,13 +256,15 @@ _step = define(
 class _Mamba3Scan(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *arguments: Any):
-        ctx.save_for_backward(*arguments[:17])
-        ctx.flags = arguments[17:]
-        return _forward(*arguments)
+        *given, z, _, _ = arguments
+        y, ungated, *state = _forward(*arguments)
+        ctx.save_for_backward(*given[:17], z, ungated)
+        ctx.flags = given[17:]
+        return y, *state
 
     @staticmethod
     def backward(ctx, *grads_of_outputs):  # pyright: ignore[reportIncompatibleMethodOverride]
-        inputs = ctx.saved_tensors
-        grads = _backward(*grads_of_outputs, *inputs, *ctx.flags)
+        *inputs, z, ungated = ctx.saved_tensors
+        *grads, dz = _backward(*grads_of_outputs, *inputs, *ctx.flags, z, ungated)
         given = (None if t is None else grad for t, grad in zip(inputs, grads, strict=False))
-        return (*given, *(None,) * 4)
+        return (*given, *(None,) * 4, None if z is None else dz, None, None)

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from longwave.ops.checks import state_dtype
+from longwave.ops.mamba3_scan.gate import finished, gate_gradients
 from longwave.ops.numba_chunks import (
     add,
     add_upper_product,
@@ -104,7 +105,8 @@ class _Chunk(NamedTuple):
 
 
 def forward(
-    x, dt, A, B, C, trap, angles, B_bias, C_bias, D, mimo_x, angle, ssm, k, v, reset, lengths, halves, chunk_len
+    x, dt, A, B, C, trap, angles, B_bias, C_bias, D, mimo_x, angle, ssm, k, v,
+    reset, lengths, halves, chunk_len, z, finish, keep,
 ):  # fmt: skip
     work = _Work(x, dt, A, B, C, trap, angles, B_bias, C_bias, D, mimo_x, reset, lengths, halves, chunk_len)
     y = work.empty(*x.shape[:2], B.shape[2], *x.shape[2:])
@@ -116,12 +118,13 @@ def forward(
         _forward_heads(*work.kernel_args, *outputs, *work.block(i))
 
     parallel_for(work.n_blocks, body)
-    return y, last_angle, state, last_k.to(x.dtype), work.rule.last(x, v)
+    last = last_angle, state, last_k.to(x.dtype), work.rule.last(x, v)
+    return *finished(y, x, z, lengths, finish, keep), *last
 
 
 def backward(
     dy, dangle, dssm, dk, dv, x, dt, A, B, C, trap, angles, B_bias, C_bias, D, mimo_x, angle, ssm, k, v,
-    reset, lengths, halves, chunk_len,
+    reset, lengths, halves, chunk_len, z, ungated,
 ):  # fmt: skip
     work = _Work(x, dt, A, B, C, trap, angles, B_bias, C_bias, D, mimo_x, reset, lengths, halves, chunk_len)
     b, l, h, p = x.shape
@@ -137,7 +140,8 @@ def backward(
         t.contiguous().numpy()
         for t in (work.rule.entry(ssm, k, v, work.mimo_x), work.rule.exact(angle), work.rule.exact(dk))
     )
-    dy_flat, dy_strides = flat(work.rule.exact(dy))
+    dy, dz = gate_gradients(work.rule.exact(dy), z, ungated, lengths, work.rule.dtype)
+    dy_flat, dy_strides = flat(dy)
 
     def body(i: int) -> None:
         _backward_heads(*work.kernel_args, entry, first_angle, dy_flat, dy_strides, last_dk, grads, *work.block(i))
@@ -151,9 +155,10 @@ def backward(
         dx, ddt, dA, dB.sum(4), dC.sum(4), dtrap, dangles.sum(2),
         dB_bias, dC_bias, dD, dmimo_x + dmimo_entry, dangle, dstate, dk, dv,
     )  # fmt: skip
-    return tuple(
+    grads = (
         x.new_empty(0) if t is None else grad.to(t.dtype).contiguous() for grad, t in zip(results, tensors, strict=True)
     )
+    return *grads, dz
 
 
 class _Work:

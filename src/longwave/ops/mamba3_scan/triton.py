@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from longwave.ops.mamba3_scan.gate import finished, gate_gradients
 from longwave.ops.mamba3_scan.reference import pairs_of
 from longwave.ops.trapezoid import Trapezoid
 from longwave.ops.triton_chunks import chunk_weights, over_ranks
@@ -568,12 +569,13 @@ _HEADS = 8  # that share the angles' rates when these are added up
 
 
 def forward(
-    x, dt, A, B, C, trap, angles, B_bias, C_bias, D, mimo_x, angle, ssm, k, v, reset, lengths, halves, chunk_len
+    x, dt, A, B, C, trap, angles, B_bias, C_bias, D, mimo_x, angle, ssm, k, v,
+    reset, lengths, halves, chunk_len, z, finish, keep,
 ):  # fmt: skip
     with device_of(x):
         plan = _Plan(x, dt, A, B, C, trap, angles, B_bias, C_bias, D, mimo_x, angle, reset, lengths, halves, chunk_len)
         b, l, h, p = x.shape
-        y = plan.empty(b, l, plan.r, h, p)
+        y = torch.empty(b, l, plan.r, h, p, dtype=x.dtype if finish and z is None else torch.float32, device=x.device)
         begins, final = plan.entry(ssm, k, v), plan.state()
         if plan.segments > 1:
             begins, final = plan.segment_states(begins, plan.of_B())
@@ -583,17 +585,19 @@ def forward(
             *plan.x.stride()[:3], *plan.B.stride()[:4], *plan.C.stride()[:4],
             FINAL=plan.segments == 1, **plan.flags, num_warps=_WARPS, num_stages=2,
         )  # fmt: skip
-        return y, plan.last_angle(angle), final, plan.last_k(k), plan.rule.last(x, v)
+        last = plan.last_angle(angle), final, plan.last_k(k), plan.rule.last(x, v)
+        return *finished(y, x, z, lengths, finish, keep), *last
 
 
 def backward(
     dy, dangle, dssm, dk, dv, x, dt, A, B, C, trap, angles, B_bias, C_bias, D, mimo_x, angle, ssm, k, v,
-    reset, lengths, halves, chunk_len,
+    reset, lengths, halves, chunk_len, z, ungated,
 ):  # fmt: skip
     with device_of(x):
         plan = _Plan(x, dt, A, B, C, trap, angles, B_bias, C_bias, D, mimo_x, angle, reset, lengths, halves, chunk_len)
         b, l, h, p = x.shape
         r, g, n, s, chunks = plan.r, plan.g, plan.n, plan.s, plan.chunks
+        dy, dz = gate_gradients(dy, z, ungated, lengths, torch.float32)
         dy, dk_last, entry = rows(dy), dk.contiguous(), plan.entry(ssm, k, v)
         states, final = plan.chunk_states(entry, plan.of_B())
         dstates, dentry = plan.chunk_states(dssm.float().contiguous(), plan.of_C(dy))
@@ -634,7 +638,8 @@ def backward(
         dx, ddt, dA, dB.sum(4), dC.sum(4), dtrap, dangles.sum(2), dB_bias, dC_bias, dD, dmimo, dfirst_angle, dentry,
         dk, dv,
     )  # fmt: skip
-    return tuple(x.new_empty(0) if t is None else grad.to(t.dtype) for grad, t in zip(results, tensors, strict=True))
+    grads = (x.new_empty(0) if t is None else grad.to(t.dtype) for grad, t in zip(results, tensors, strict=True))
+    return *grads, dz
 
 
 def step(angle, ssm, k, v, x, dt, A, B, C, trap, angles, B_bias, C_bias, D, mimo_x, halves):
