@@ -229,7 +229,7 @@ _STATE = "Tensor angle, Tensor ssm, Tensor k, Tensor v"
 _ARGUMENTS = f"{_TOKENS}, {_PARAMETERS}, {_STATE}, Tensor? reset, Tensor? lengths, bool halves, int? chunk_len"
 _MODULE = "longwave.ops.mamba3_scan"
 _forward = define(
-    # y; if `finish` (one rank), gated by z and in x's dtype. What it was before the gate if `keep`, else empty. The state.
+    # y; if `finish` (one rank), gated by z and in x's dtype. If `keep`, what it was before, else empty. The state.
     f"mamba3_scan_forward({_ARGUMENTS}, Tensor? z, bool finish, bool keep) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=_fake_forward,
