@@ -10,7 +10,7 @@ import longwave
 ROOT = Path(longwave.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 FLOORS = ["errors", "config", "ops", "mixers", "models", "tasks", "generate", "hub", "training", "bench", "cli"]
-NOT_OF_SEQUENCES = {"linear_step", "ssm_kernel"}  # what they take is one token, or parameters
+NOT_OF_SEQUENCES = {"cross_entropy", "linear_step", "ssm_kernel"}  # they take logits, one token, or parameters
 OPERATOR_FILES = {"__init__.py", "api.py", "reference.py", "cpu.py", "samples.py", "triton.py", "hopper.py"}
 
 

@@ -44,8 +44,8 @@ def test_a_wrong_kernel_is_named(longwave, quick, monkeypatch):
     monkeypatch.setattr(kernel_check, "OPS", OPS | {"gated_rms_norm": wrong})
     done = longwave("doctor")
     assert done.status == 1
-    assert done.complaint.startswith("wrong kernels: gated_rms_norm;")
-    assert "WRONG: error" in done.out
+    assert done.complaint.startswith("wrong kernels: gated_rms_norm in Numba;")
+    assert "WRONG: result: error" in done.out
 
 
 def test_a_wrong_step_is_named(longwave, quick, monkeypatch):
@@ -57,11 +57,11 @@ def test_a_wrong_step_is_named(longwave, quick, monkeypatch):
         return y
 
     monkeypatch.setattr(importlib.import_module("longwave.ops.ssd"), "ssd_step", forgetful)
-    assert longwave("doctor").complaint.startswith("wrong kernels: ssd_step;")
+    assert longwave("doctor").complaint.startswith("wrong kernels: ssd_step in Numba;")
 
 
 def test_advice(longwave, quick, monkeypatch, tmp_path):
-    monkeypatch.setattr(doctor, "check_kernels", lambda: [])
+    monkeypatch.setattr(doctor, "check_kernels", lambda device: [])
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # the tests run on one thread
     monkeypatch.setattr(doctor.os, "sched_getaffinity", lambda _: range(8))
     monkeypatch.setattr(doctor, "FEW_GB", 1e9)

@@ -147,6 +147,7 @@ CUDA_CASES: dict[str, Case] = {
             "torch factored": plain.factored_vandermonde_kernel,
         },
         operations=lambda s: s["m"] * s["e"] * s["l"] * 4 * s["n"],
+        arithmetic=torch.bfloat16,
     ),
     "gated_rms_norm b8 l4096": Case(
         full={"b": 8, "l": 4096, "e": 4096, "gate": True},

@@ -85,13 +85,16 @@ def cost(inputs: Mapping[str, Any], y: Tensor, work: Work, direction: Direction)
 
 
 def copying(n_bytes: int, copies: int, device: torch.device) -> Callable[[int], object]:
-    """A call that reads half of `n_bytes` and writes the other half; calls take turns among so many `copies`."""
-    size = max(1, n_bytes // 2)
-    pairs = [torch.zeros(2, size, dtype=torch.uint8, device=device) for _ in range(copies)]
+    """A call that reads half of `n_bytes` and writes the other half; calls take turns among so many `copies`.
+
+    By a kernel: in a CUDA graph a copy as such goes to another, slower engine.
+    """
+    size = max(1, n_bytes // 8)
+    pairs = [torch.rand(2, size, device=device) for _ in range(copies)]
 
     def copy(i: int) -> Tensor:
         source, target = pairs[i % copies]
-        return target.copy_(source)
+        return torch.neg(source, out=target) if source.is_cuda else target.copy_(source)
 
     return copy
 

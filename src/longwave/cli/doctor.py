@@ -39,6 +39,7 @@ app = make_app("doctor", ("longwave doctor", "longwave doctor --json"))
 def doctor(*, json: bool = False) -> None:
     """Print versions, processors and the forms in use; check each operator's kernel against its reference.
 
+    On a GPU, with its gradients, and each row names the form that ran there: Gluon, Triton, or torch's own functions.
     Exit status 1 when a kernel is wrong.
 
     Parameters
@@ -49,17 +50,20 @@ def doctor(*, json: bool = False) -> None:
     facts = machine()
     if not json:
         print("\n".join(f"{key:<12}{value}" for key, value in facts.items()) + "\n", flush=True)
-    checks = []
-    for check in check_kernels():
-        checks.append(check)
-        if not json:
-            print(_row(check), flush=True)
+    checks = {}
+    for where in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+        checks[where] = []
+        for check in check_kernels(torch.device(where)):
+            checks[where].append(check)
+            if not json:
+                print(_row(check), flush=True)
     hints = advice()
     if json:
-        print_json(facts | {"kernels": {c.name: vars(c) | {"ok": c.ok} for c in checks}, "advice": hints})
+        found = {where: {c.name: vars(c) | {"ok": c.ok} for c in those} for where, those in checks.items()}
+        print_json(facts | {"kernels": found["cpu"], "gpu_kernels": found.get("cuda", {}), "advice": hints})
     else:
         print("".join(f"\n{hint}" for hint in hints), end="\n" if hints else "")
-    if wrong := [check.name for check in checks if not check.ok]:
+    if wrong := [f"{check.name} in {check.form}" for those in checks.values() for check in those if not check.ok]:
         raise LongwaveError(f"wrong kernels: {', '.join(wrong)}; pass impl='reference' and report this machine")
 
 
@@ -95,8 +99,8 @@ def advice() -> list[str]:
 
 
 def _row(check: Check) -> str:
-    verdict = "ok" if check.ok else f"WRONG: error {check.error:.2e}, allowed {check.allowed:.2e}"
-    return f"{check.name:<21}{verdict:<6}first call {check.seconds:.2f} s"
+    verdict = "ok" if check.ok else f"WRONG: {check.worst}: error {check.error:.2e}, allowed {check.allowed:.2e}"
+    return f"{check.name:<21}{check.form:<18}{verdict:<6}first call {check.seconds:.2f} s"
 
 
 def _numba_cache() -> str | None:

@@ -6,6 +6,7 @@ runs depends on the device, on float64 (which GPU kernels leave to the reference
 
 import functools
 import importlib
+import sys
 import warnings
 from collections.abc import Callable
 from typing import Any, Literal
@@ -127,6 +128,27 @@ def gpu_forms(device: torch.device) -> str:
         return "Triton on the GPU"
     first, last = (".".join(map(str, version)) for version in GLUON_TESTED)
     return f"Triton on the GPU, {forms} too: their Hopper forms are tested with Triton {first} to {last}"
+
+
+def has_gpu_kernel(op: str) -> bool:
+    """Whether the operator or step is registered for CUDA devices."""
+    return op in _on_cuda
+
+
+def kernels_launched(op: str) -> set[tuple[str, str]]:
+    """The GPU kernels of an operator that this process has launched: each one's form, Triton or Gluon, and name."""
+    found = set()
+    for name, module in list(sys.modules.items()):
+        if name.startswith(f"longwave.ops.{op}."):
+            form = "Gluon" if name.rpartition(".")[2].startswith("hopper") else "Triton"
+            own = {key: value for key, value in vars(module).items() if getattr(value, "__module__", None) == name}
+            found |= {(form, key) for key, kernel in own.items() if _is_compiled(kernel)}
+    return found
+
+
+def _is_compiled(kernel: Any) -> bool:
+    """Triton keeps what it has compiled for each device, or read from its cache, beside the function."""
+    return any(compiled for compiled, *_ in getattr(kernel, "device_caches", {}).values())
 
 
 def use_kernel(op: str, impl: str, x: Tensor) -> bool:
