@@ -7,11 +7,13 @@ from torch import Tensor
 
 from longwave.ops.triton_math import LOG2E, device_of
 
-_BLOCK = 8192  # columns at a time, and no more than the row has
+_BLOCK = 4096  # columns at a time, and no more than the row has
+_VECTOR = 8  # columns that a thread reads at once, if the rows begin and end at multiples of them
 
 
 @triton.jit
-def _cross_entropy_kernel(logits, targets, losses, v, ignore_index, BLOCK: tl.constexpr):
+def _cross_entropy_kernel(logits, targets, losses, vectors, ignore_index, VECTOR: tl.constexpr, BLOCK: tl.constexpr):
+    v = vectors * VECTOR
     row = tl.program_id(0).to(tl.int64)
     logits += row * v
     columns = tl.arange(0, BLOCK)
@@ -36,14 +38,10 @@ def _cross_entropy_kernel(logits, targets, losses, v, ignore_index, BLOCK: tl.co
 def cross_entropy_(logits: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
     n, v = logits.shape
     losses = torch.empty(n, dtype=torch.float32, device=logits.device)
+    vector = _VECTOR if v % _VECTOR == 0 else 1
+    block = min(_BLOCK, triton.next_power_of_2(v))
     with device_of(logits):
         _cross_entropy_kernel[(n,)](
-            logits,
-            targets.contiguous(),
-            losses,
-            v,
-            ignore_index,
-            BLOCK=min(_BLOCK, triton.next_power_of_2(v)),
-            num_warps=8,
+            logits, targets.contiguous(), losses, v // vector, ignore_index, VECTOR=vector, BLOCK=block, num_warps=8
         )
     return losses
