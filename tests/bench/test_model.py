@@ -68,9 +68,9 @@ def test_a_wrong_peer_stops_before_the_clock_starts(what, ungated, monkeypatch, 
         return model
 
     wrong = type(sys)("longwave.bench.peers.wrong")
-    wrong.open_peer = lambda folder, precision, n_threads: Wrong(disturbed(folder, precision))
-    wrong.open_trainable = lambda folder, precision, n_threads: ours.TorchTrainable(
-        (model := disturbed(folder, "float32")), model.loss, autocast=False
+    wrong.open_peer = lambda folder, precision, place: Wrong(disturbed(folder, precision))
+    wrong.open_trainable = lambda folder, precision, place: ours.TorchTrainable(
+        (model := disturbed(folder, "float32")), model.loss, place, autocast=False
     )
     monkeypatch.setitem(sys.modules, wrong.__name__, wrong)
     source = SOURCES["transformers"]._replace(module="wrong", inference=("float32",), training=("float32",))

@@ -28,8 +28,11 @@ def check_logits(peers: Mapping[str, Peer], tokens: list[int], truth: str) -> di
     return {"tokens": len(tokens), "tolerance": TOLERANCE, "largest_logit": scale, "differences": differences}
 
 
-def check_training(peers: Mapping[str, Trainable], tokens: list[int], targets: list[int], truth: str) -> dict:
-    """The relative differences in loss and in the norm of all gradients from peer `truth`; raises as `check_logits`."""
+def check_training(peers: Mapping[str, Trainable], tokens: Tensor, targets: Tensor, truth: str) -> dict:
+    """The relative differences in loss and in the norm of all gradients from peer `truth`; raises as `check_logits`.
+
+    tokens, targets (b, l).
+    """
     losses = {name: peer.train_step(tokens, targets) for name, peer in peers.items()}
     norms = {name: peer.gradient_norm() for name, peer in peers.items()}
     differences = {}
@@ -38,7 +41,7 @@ def check_training(peers: Mapping[str, Trainable], tokens: list[int], targets: l
         differences[name] = {what: abs(share - 1) for what, share in found.items()}
         for what, difference in differences[name].items():
             _judge(name, what, difference)
-    return {"tokens": len(tokens), "tolerance": TOLERANCE, "loss": losses[truth], "differences": differences}
+    return {"tokens": tokens.numel(), "tolerance": TOLERANCE, "loss": losses[truth], "differences": differences}
 
 
 def _in_steps(peer: Peer, tokens: list[int]) -> Tensor:

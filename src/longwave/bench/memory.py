@@ -11,9 +11,12 @@ START = 100  # tokens after which growth counts
 
 @torch.inference_mode()
 def decode_memory(model: TokenModel, prompt: list[int], n: int) -> dict:
-    """Bytes of the state and of the process after START and after `n` greedy tokens, and the growth between."""
-    device = torch.device("cpu")
-    hidden, state = model.hidden(torch.tensor([prompt]))
+    """Bytes of the state and of the process after START and after `n` greedy tokens, and the growth between.
+
+    On a GPU the process counts for its tensors there.
+    """
+    device = next(model.parameters()).device
+    hidden, state = model.hidden(torch.tensor([prompt], device=device))
     logits = model.head(hidden[:, -1])  # (1, v)
     at_start = 0
     with ProgressLine("decode memory", n) as progress:

@@ -10,10 +10,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from longwave.bench.agreement import check_logits, check_training
 from longwave.bench.memory import START, decode_memory
-from longwave.bench.peers import OURS, SOURCES, Peer, PeerMissing, Trainable, open_peer, open_trainable
+from longwave.bench.peers import (
+    OURS,
+    SOURCES,
+    Peer,
+    PeerMissing,
+    Place,
+    Trainable,
+    open_peer,
+    open_trainable,
+    peers_on,
+)
 from longwave.bench.table import number, table, times
 from longwave.bench.timing import Figure, Harness, ratio
 from longwave.errors import UsageError
@@ -29,18 +40,24 @@ _PROMPT = 16  # tokens before those that decode times
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """What is timed, for a batch of one."""
+    """What is timed, for one sequence, and in training for a batch of them."""
 
     prefill: tuple[int, ...] = (512, 2048)
     """Tokens taken in at once; one case for each. 0 leaves prefill out."""
     decode: int = 64
     """Tokens decoded one by one, greedily; 0 leaves decoding out."""
     train: int = 256
-    """Tokens of a training step, forward and backward; 0 leaves training out."""
+    """Tokens of each sequence in a training step, forward and backward; 0 leaves training out."""
+    batch: int = 1
+    """Sequences of a training step."""
+    update: bool = False
+    """Let a training step change the weights too: gradients clipped, AdamW."""
     decode_memory: int = 0
     """Decode so many tokens and report what the process grew by from the 100th on; 0 leaves that out."""
 
     def __post_init__(self):
+        if self.batch < 1:
+            raise UsageError(f"bench model: batch must be at least 1, got {self.batch}")
         wrong = [n for n in (*self.prefill, self.decode, self.train, self.decode_memory) if n < 0]
         if wrong:
             raise UsageError(
@@ -55,18 +72,22 @@ def run(
     harness: Harness,
     work: Work,
     *,
-    peers: Sequence[str] = tuple(SOURCES)[1:4],
+    peers: Sequence[str] | None = None,
+    device: torch.device | str = "cpu",
     seed: int = 0,
     say: Callable[[str], None] = print,
 ) -> dict:
     """Time a model of this configuration with random weights in longwave and in `peers`; all figures as plain values.
 
+    `peers` are by default all that have models for the device.
     `say` gets the tables, as they are ready. Raises UsageError for a model that transformers' `mamba` and `mamba2`
     cannot express, and LongwaveError, before anything is timed, when a peer in float32 does not agree.
     """
     format = _format(config)
+    place = Place(torch.device(device), torch.get_num_threads())
     torch.manual_seed(seed)
-    bench = _Bench(harness, work, (OURS, *peers), format, config.vocab_size, say)
+    sources = (OURS, *(peers_on(place.device) if peers is None else peers))
+    bench = _Bench(harness, work, sources, format, config.vocab_size, place, say)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         export(LanguageModel(config), folder, format)
@@ -88,6 +109,7 @@ class _Bench:
         sources: Sequence[str],
         format: str,
         vocab_size: int,
+        place: Place,
         say: Callable[[str], None],
     ):
         self.cases: list[dict] = []
@@ -95,8 +117,10 @@ class _Bench:
         self.missing: dict[str, str] = {}
         self.memories: dict = {}
         self._harness, self._work, self._sources, self._format, self._say = harness, work, sources, format, say
+        self._place = place
         longest = max([*work.prefill, work.train, _CHECKED]) + 1
-        self._tokens: list[int] = torch.randint(vocab_size, (longest,)).tolist()
+        self._batch = torch.randint(vocab_size, (work.batch, longest))
+        self._tokens: list[int] = self._batch[0].tolist()
 
     def inference(self, folder: Path) -> None:
         """Prefill and decode."""
@@ -116,14 +140,16 @@ class _Bench:
         if not (n := self._work.train):
             return
         names = [(source, precision) for source in self._sources for precision in SOURCES[source].training]
-        tokens, targets = self._tokens[:n], self._tokens[1 : n + 1]
+        tokens, targets = self._batch[:, :n], self._batch[:, 1 : n + 1]
         with self._opened(open_trainable, folder, names) as peers:
-            self._agree("training", check_training(peers, tokens[:_CHECKED], targets[:_CHECKED], _TRUTH))
-            self._time(f"training step {n}", n, peers, partial(_train, tokens=tokens, targets=targets))
+            self._agree("training", check_training(peers, tokens[:1, :_CHECKED], targets[:1, :_CHECKED], _TRUTH))
+            once = partial(_train, tokens=tokens, targets=targets, update=self._work.update)
+            batch = f" of {len(tokens)}" if len(tokens) > 1 else ""
+            self._time(f"training step {n}{batch}", tokens.numel(), peers, once)
 
     def memory(self, folder: Path) -> None:
         """Bytes held."""
-        model = load(folder).model.eval()
+        model = load(folder, device=self._place.device).model.eval()
         self.memories = {"parameters": model.parameter_count(), "state_bytes": model.state_bytes(0)}
         self._say(f"\nstate: {self.memories['state_bytes']:,} bytes, however long the text")
         if n := self._work.decode_memory:
@@ -135,13 +161,12 @@ class _Bench:
         self, open: Callable[..., Any], folder: Path, names: Sequence[tuple[str, str]]
     ) -> Iterator[dict[str, Any]]:
         """The peers, open; those that are missing are noted."""
-        threads = torch.get_num_threads()
         with ExitStack() as stack:
             peers = {}
             with ProgressLine("loading", len(names)) as progress:
                 for source, precision in names:
                     try:
-                        peer = open(source, folder, self._format, precision, threads)
+                        peer = open(source, folder, self._format, precision, self._place)
                     except PeerMissing as missing:
                         self.missing[f"{source} {precision}"] = str(missing)
                     else:
@@ -205,7 +230,9 @@ def _decode(peer: Peer, prompt: list[int], n: int) -> float:
     return time.perf_counter() - started
 
 
-def _train(peer: Trainable, tokens: list[int], targets: list[int]) -> float:
+def _train(peer: Trainable, tokens: Tensor, targets: Tensor, update: bool) -> float:
     started = time.perf_counter()
     peer.train_step(tokens, targets)
+    if update:
+        peer.update()
     return time.perf_counter() - started

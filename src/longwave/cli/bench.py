@@ -22,8 +22,7 @@ from longwave.training.job import pick_device
 
 HarnessOptions = options_of(Harness.Config)
 WorkOptions = options_of(Work)
-PeerName = Literal["transformers", "mambapy", "llama.cpp"]
-PEERS: tuple[PeerName, ...] = ("transformers", "mambapy", "llama.cpp")
+PeerName = Literal["transformers", "mambapy", "llama.cpp", "mamba_ssm"]
 
 app = make_app(
     "bench",
@@ -32,6 +31,7 @@ app = make_app(
         "longwave bench ops --device cuda --peers",
         "longwave bench model mamba-130m",
         "longwave bench model mamba2-130m --peers llama.cpp --train 0 --json",
+        "longwave bench model mamba2-130m --device cuda --train 2048 --batch 8 --update",
     ),
 )
 
@@ -90,7 +90,8 @@ def ops(
 def model(
     preset: str,
     *,
-    peers: Annotated[tuple[PeerName, ...], Parameter(consume_multiple=True)] = PEERS,
+    device: str = "cpu",
+    peers: Annotated[tuple[PeerName, ...] | None, Parameter(consume_multiple=True)] = None,
     work: Annotated[WorkOptions, Parameter(name="*")] = WorkOptions(),  # pyright: ignore[reportInvalidTypeForm]  # noqa: B008
     harness: Annotated[HarnessOptions, Parameter(name="*")] = HarnessOptions(),  # pyright: ignore[reportInvalidTypeForm]  # noqa: B008
     no_gate: bool = False,
@@ -98,7 +99,7 @@ def model(
     seed: int = 0,
     json: bool = False,
 ) -> None:
-    """Time a model of random weights on the CPU: prefill, decode and training step, in longwave and in its peers.
+    """Time a model of random weights: prefill, decode and training step, in longwave and in its peers.
 
     All read the same checkpoint, and all in float32 must agree on its logits before anything is timed.
 
@@ -106,10 +107,13 @@ def model(
     ----------
     preset
         mamba-130m, mamba2-130m, or another size of the two.
+    device
+        cpu, or cuda.
     peers
-        Libraries beside longwave: transformers, mambapy, llama.cpp. Those not installed are named.
+        Libraries beside longwave; by default transformers, mambapy and llama.cpp on the CPU, mamba_ssm on a GPU, where
+        it trains. Those not installed are named.
     no_gate
-        Accept every run, not only those between two looks at the machine that find it quiet.
+        Accept every run, not only those between two looks at the machine that find it quiet. A GPU has no such gate.
     threads
         Of every library; by default torch's.
     seed
@@ -119,12 +123,13 @@ def model(
     """
     if preset not in PRESETS:
         raise UsageError(f"there is no preset {preset!r}.{nearest(preset, PRESETS)}")
-    wanted = Work(**chosen(work))
+    wanted, where = Work(**chosen(work)), pick_device(device)
 
     def run(harness: Harness, say: Callable[[str], None]) -> dict:
-        return {"model": preset} | run_model(PRESETS[preset](), harness, wanted, peers=peers, seed=seed, say=say)
+        config = PRESETS[preset]()
+        return {"model": preset} | run_model(config, harness, wanted, peers=peers, device=where, seed=seed, say=say)
 
-    _report("model", chosen(harness), torch.device("cpu"), not no_gate, threads, seed, json, run)
+    _report("model", chosen(harness), where, not no_gate, threads, seed, json, run)
 
 
 def _report(

@@ -1,6 +1,6 @@
-"""The libraries that the model benchmark runs, longwave among them: one module each, behind one small protocol.
+"""The libraries that the benchmarks run, longwave among them: one module each, behind one small protocol.
 
-Every one reads the same checkpoint, a folder of transformers' `mamba` or `mamba2`.
+In the model benchmark every one reads the same checkpoint, a folder of transformers' `mamba` or `mamba2`.
 """
 
 import importlib
@@ -8,11 +8,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 
 class Peer(Protocol):
-    """A model of one library in one precision, on the CPU, one sequence at a time. Logits are (v,) float32."""
+    """A model of one library in one precision, one sequence at a time. Logits are (v,) float32, on the CPU."""
 
     def prefill(self, tokens: list[int]) -> Tensor:
         """The logits after `tokens`, a fresh sequence, by the library's fastest way to take them in."""
@@ -34,11 +35,14 @@ class Peer(Protocol):
 class Trainable(Protocol):
     """A model that a peer can train."""
 
-    def train_step(self, tokens: list[int], targets: list[int]) -> float:
-        """Forward and backward of the mean cross entropy, which it returns. The optimiser, equal for all, is left out.
-
-        Gradients stay until the next call.
+    def train_step(self, tokens: Tensor, targets: Tensor) -> float:
+        """Forward and backward of the mean cross entropy of (b, l), which it returns. Gradients stay until the next
+        call.
         """
+        ...
+
+    def update(self) -> None:
+        """Clip the gradients and let AdamW change the weights: the same functions for all."""
         ...
 
     def gradient_norm(self) -> float:
@@ -50,8 +54,15 @@ class Trainable(Protocol):
         ...
 
 
+class Place(NamedTuple):
+    """Where a model is to run."""
+
+    device: torch.device
+    n_threads: int
+
+
 class Source(NamedTuple):
-    """Where a peer comes from: `module` has `open_peer(folder, precision, n_threads)`, and `open_trainable` likewise.
+    """Where a peer comes from: `module` has `open_peer(folder, precision, place)`, and `open_trainable` likewise.
 
     `formats` are those that it runs, `inference` and `training` the precisions that are timed, on `devices`. One
     without formats has operators only.
@@ -82,20 +93,31 @@ SOURCES = {
     ),
     "mambapy": Source("mambapy", "pip install mambapy", ("mamba",), ("float32",), ("float32",)),
     "llama.cpp": Source("llama_cpp", "pip install llama-cpp-python gguf", ("mamba", "mamba2"), ("f32", "bf16", "q8_0")),
-    "mamba_ssm": Source("mamba_ssm", "pip install mamba-ssm causal-conv1d"),
+    "mamba_ssm": Source(
+        "mamba_ssm",
+        "pip install mamba-ssm causal-conv1d",
+        ("mamba", "mamba2"),
+        training=("float32", AUTOCAST),
+        devices=("cuda",),
+    ),
     "causal_conv1d": Source("causal_conv1d", "pip install causal-conv1d"),
     "fla": Source("fla", "pip install fla-core"),
 }
 
 
-def open_peer(source: str, folder: Path, format: str, precision: str, n_threads: int) -> Peer:
+def peers_on(device: torch.device) -> tuple[str, ...]:
+    """The sources beside longwave that have models for a device."""
+    return tuple(name for name, source in SOURCES.items() if source.formats and device.type in source.devices)[1:]
+
+
+def open_peer(source: str, folder: Path, format: str, precision: str, place: Place) -> Peer:
     """The peer for inference. Raises PeerMissing where it is not installed or cannot run the model."""
-    return _module_for(source, format).open_peer(folder, precision, n_threads)
+    return _module_for(source, format, place).open_peer(folder, precision, place)
 
 
-def open_trainable(source: str, folder: Path, format: str, precision: str, n_threads: int) -> Trainable:
+def open_trainable(source: str, folder: Path, format: str, precision: str, place: Place) -> Trainable:
     """The peer for training. Raises PeerMissing where it is not installed or cannot run the model."""
-    return _module_for(source, format).open_trainable(folder, precision, n_threads)
+    return _module_for(source, format, place).open_trainable(folder, precision, place)
 
 
 def peer_module(source: str) -> ModuleType:
@@ -107,7 +129,7 @@ def peer_module(source: str) -> ModuleType:
         raise PeerMissing(f"{install}   ({' '.join(str(error).split())})") from error
 
 
-def _module_for(source: str, format: str) -> ModuleType:
-    if format not in SOURCES[source].formats:
-        raise PeerMissing(f"its {format} does not run on a CPU")
+def _module_for(source: str, format: str, place: Place) -> ModuleType:
+    if format not in SOURCES[source].formats or place.device.type not in SOURCES[source].devices:
+        raise PeerMissing(f"its {format} does not run on {place.device.type}")
     return peer_module(source)

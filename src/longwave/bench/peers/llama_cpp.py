@@ -12,20 +12,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from longwave.bench.peers import PeerMissing
+from longwave.bench.peers import PeerMissing, Place
 from longwave.bench.peers.gguf_file import write_gguf
 from longwave.errors import LongwaveError
 
 _BATCH = 2048  # tokens given to one call
 
 
-def open_peer(folder: Path, precision: str, n_threads: int) -> "LlamaCpp":
+def open_peer(folder: Path, precision: str, place: Place) -> "LlamaCpp":
     with tempfile.TemporaryDirectory() as temporary:
         path = Path(temporary) / "model.gguf"
         write_gguf(folder, path, precision)
         if precision == "q8_0":
-            _try_in_another_process(path, n_threads)
-        return LlamaCpp(path, n_threads)
+            _try_in_another_process(path, place.n_threads)
+        return LlamaCpp(path, place.n_threads)
 
 
 class LlamaCpp:

@@ -1,9 +1,13 @@
-"""mamba_ssm's kernels, CUDA and Triton, behind the arguments of our operators."""
+"""mamba_ssm's kernels, CUDA and Triton, behind the arguments of our operators; and its language model."""
 
+import json
 import math
+from pathlib import Path
 from typing import Any
 
 import torch
+from mamba_ssm.models.config_mamba import MambaConfig  # pyright: ignore[reportMissingImports]
+from mamba_ssm.models.mixer_seq_simple import MambaLMHeadModel  # pyright: ignore[reportMissingImports]
 from mamba_ssm.ops.selective_scan_interface import selective_scan_fn  # pyright: ignore[reportMissingImports]
 from mamba_ssm.ops.triton.layernorm_gated import rmsnorm_fn  # pyright: ignore[reportMissingImports]
 from mamba_ssm.ops.triton.mamba3.mamba3_siso_combined import (  # pyright: ignore[reportMissingImports]
@@ -11,9 +15,12 @@ from mamba_ssm.ops.triton.mamba3.mamba3_siso_combined import (  # pyright: ignor
 )
 from mamba_ssm.ops.triton.selective_state_update import selective_state_update  # pyright: ignore[reportMissingImports]
 from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined  # pyright: ignore[reportMissingImports]
+from safetensors.torch import load_file
 from torch import Tensor
 
 from longwave.bench.calls import Adapted, Inputs
+from longwave.bench.peers import AUTOCAST, Place
+from longwave.bench.peers.torch_training import TorchTrainable, loss_of_logits
 
 CHUNK = 256  # of SSD, as its models have
 
@@ -113,3 +120,46 @@ def _step_native(
 
 
 ssd_step = Adapted(_step_native, selective_state_update)
+
+
+def open_trainable(folder: Path, precision: str, place: Place) -> TorchTrainable:
+    """Its model with the folder's weights, residual and norm fused."""
+    settings = json.loads((folder / "config.json").read_text())
+    config = MambaConfig(
+        d_model=settings["hidden_size"],
+        n_layer=settings["num_hidden_layers"],
+        vocab_size=settings["vocab_size"],
+        ssm_cfg=_layer(settings),
+        residual_in_fp32=settings["residual_in_fp32"],
+        pad_vocab_size_multiple=1,
+        tie_embeddings=settings["tie_word_embeddings"],
+    )
+    model = MambaLMHeadModel(config, device=place.device)
+    stored = load_file(folder / "model.safetensors", device=str(place.device))
+    stored["backbone.embedding.weight"] = stored.pop("backbone.embeddings.weight")
+    stored.setdefault("lm_head.weight", stored["backbone.embedding.weight"])
+    model.load_state_dict(stored)
+
+    def loss(tokens: Tensor, targets: Tensor) -> Tensor:
+        return loss_of_logits(model(tokens).logits, targets)
+
+    return TorchTrainable(model.train(), loss, place, autocast=precision == AUTOCAST)
+
+
+def _layer(settings: dict[str, Any]) -> dict[str, Any]:
+    """What it calls a layer's configuration."""
+    shared = {
+        "d_state": settings["state_size"],
+        "d_conv": settings["conv_kernel"],
+        "expand": settings["expand"],
+        "bias": settings["use_bias"],
+        "conv_bias": settings["use_conv_bias"],
+    }
+    if settings["model_type"] == "mamba":
+        return shared | {"layer": "Mamba1", "dt_rank": settings["time_step_rank"]}
+    return shared | {
+        "layer": "Mamba2",
+        "headdim": settings["head_dim"],
+        "ngroups": settings["n_groups"],
+        "chunk_size": CHUNK,
+    }

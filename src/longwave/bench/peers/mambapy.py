@@ -10,16 +10,17 @@ from mambapy.pscan import pscan  # pyright: ignore[reportMissingImports]
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from longwave.bench.peers import Place
 from longwave.bench.peers.torch_training import TorchTrainable, loss_of_logits
 
 
-def open_peer(folder: Path, precision: str, n_threads: int) -> "MambaPy":
+def open_peer(folder: Path, precision: str, place: Place) -> "MambaPy":
     return MambaPy(_load(folder).eval())
 
 
-def open_trainable(folder: Path, precision: str, n_threads: int) -> TorchTrainable:
+def open_trainable(folder: Path, precision: str, place: Place) -> TorchTrainable:
     model = _load(folder).train()
-    return TorchTrainable(model, lambda tokens, targets: loss_of_logits(model(tokens), targets), autocast=False)
+    return TorchTrainable(model, lambda tokens, targets: loss_of_logits(model(tokens), targets), place, autocast=False)
 
 
 def selective_scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, **_: Any) -> Tensor:

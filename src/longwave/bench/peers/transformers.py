@@ -10,24 +10,24 @@ from transformers.models.mamba2.configuration_mamba2 import Mamba2Config
 from transformers.models.mamba2.modeling_mamba2 import mamba2_chunk_scan
 from transformers.utils import logging
 
-from longwave.bench.peers import AUTOCAST
+from longwave.bench.peers import AUTOCAST, Place
 from longwave.bench.peers.torch_training import TorchTrainable, loss_of_logits
 
 logging.set_verbosity_error()
 logging.disable_progress_bar()
 
 
-def open_peer(folder: Path, precision: str, n_threads: int) -> "Transformers":
+def open_peer(folder: Path, precision: str, place: Place) -> "Transformers":
     return Transformers(_load(folder, getattr(torch, precision)).eval())
 
 
-def open_trainable(folder: Path, precision: str, n_threads: int) -> TorchTrainable:
+def open_trainable(folder: Path, precision: str, place: Place) -> TorchTrainable:
     model = _load(folder, torch.float32).train()
 
     def loss(tokens: Tensor, targets: Tensor) -> Tensor:
         return loss_of_logits(model(tokens, use_cache=False).logits, targets)
 
-    return TorchTrainable(model, loss, autocast=precision == AUTOCAST)
+    return TorchTrainable(model, loss, place, autocast=precision == AUTOCAST)
 
 
 def ssd(
