@@ -7,8 +7,9 @@ import torch
 
 from longwave.bench import model as bench
 from longwave.bench.model import Work, run
-from longwave.bench.peers import SOURCES, ours
+from longwave.bench.peers import SOURCES, Place, ours, peers_on
 from longwave.errors import LongwaveError, UsageError
+from longwave.hub.export import export
 from longwave.mixers import Attention, Mamba
 from longwave.models.language_model import LanguageModel
 
@@ -117,7 +118,33 @@ def test_models_that_no_peer_runs(ungated):
         run(config, ungated, WORK)
 
 
-@pytest.mark.parametrize("options", [{"prefill": (-1,)}, {"decode": -3}, {"decode_memory": 100}])
+def test_a_batch_with_the_optimiser(ungated, toy):
+    work = Work(prefill=(0,), decode=0, train=16, batch=3, update=True)
+    (case,) = run(toy("mamba"), ungated, work, peers=(), say=quiet)["cases"]
+    assert case["case"] == "training step 16 of 3"
+    for figure in case["figures"].values():
+        assert figure["tokens_per_second"] == pytest.approx(3 * 16 / figure["median"])
+
+
+def test_an_update_changes_the_weights_and_a_step_alone_does_not(tmp_path, toy):
+    export(LanguageModel(toy("mamba")), tmp_path, "mamba")
+    peer = ours.open_trainable(tmp_path, "float32", Place(torch.device("cpu"), 1))
+    tokens = torch.randint(256, (2, 9))
+    first = peer.train_step(tokens[:, :-1], tokens[:, 1:])
+    assert peer.train_step(tokens[:, :-1], tokens[:, 1:]) == first
+    peer.update()
+    assert peer.train_step(tokens[:, :-1], tokens[:, 1:]) < first
+
+
+def test_who_runs_where():
+    assert peers_on(torch.device("cpu")) == ("transformers", "mambapy", "llama.cpp")
+    assert peers_on(torch.device("cuda")) == ("mamba_ssm",)
+    place = Place(torch.device("cpu"), 1)
+    with pytest.raises(bench.PeerMissing, match="its mamba does not run on cpu"):
+        bench.open_trainable("mamba_ssm", None, "mamba", "float32", place)
+
+
+@pytest.mark.parametrize("options", [{"prefill": (-1,)}, {"decode": -3}, {"decode_memory": 100}, {"batch": 0}])
 def test_impossible_lengths(options):
     with pytest.raises(UsageError, match=r"got -?\d"):
         Work(**options)

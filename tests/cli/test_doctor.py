@@ -4,6 +4,7 @@ import importlib
 import json
 
 import pytest
+import torch
 
 from longwave.cli import doctor, kernel_check
 from longwave.ops import OPS
@@ -80,3 +81,31 @@ def test_no_folder_for_compiled_kernels(longwave, quick, monkeypatch):
     monkeypatch.setattr(register.importlib, "import_module", refuse)
     with pytest.raises(register.LongwaveError, match=r"export NUMBA_CACHE_DIR=~/\.numba"):
         launch()
+
+
+def test_what_a_gpu_is_asked_for_finds_a_wrong_gradient():
+    """On the CPU here: in bfloat16, with gradients, in the sizes that the GPU's fastest forms take."""
+    norm, device = OPS["gated_rms_norm"], torch.device("cpu")
+    assert kernel_check._check_on_gpu("gated_rms_norm", norm, device).ok
+
+    def wrong(impl="fused", **inputs):
+        y = norm(**inputs, impl=impl)
+        return y + 0.2 * (y - y.detach()) if impl == "fused" else y
+
+    check = kernel_check._check_on_gpu("gated_rms_norm", wrong, device)
+    assert not check.ok
+    assert check.worst.startswith("the gradient of")
+
+
+def test_nothing_is_said_of_operators_without_a_kernel_for_gpus(monkeypatch):
+    monkeypatch.setattr(kernel_check, "has_gpu_kernel", lambda op: False)
+    assert list(kernel_check.check_kernels(torch.device("cuda"))) == []
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_all_is_well_on_a_gpu():
+    checks = list(kernel_check.check_kernels(torch.device("cuda")))
+    assert {check.name for check in checks} > set(OPS)
+    assert all(check.ok for check in checks), [check for check in checks if not check.ok]
+    assert {check.form for check in checks} <= {"Triton", "Gluon", "Gluon and Triton", "torch"}

@@ -41,7 +41,7 @@ def ops(
     *,
     op: tuple[str, ...] = (),
     device: str = "cpu",
-    peers: bool = True,
+    peers: Annotated[bool, Parameter(negative="--no-peers")] = True,
     sizes: Literal["small", "full"] = "full",
     first_call: bool = False,
     harness: Annotated[HarnessOptions, Parameter(name="*")] = HarnessOptions(),  # pyright: ignore[reportInvalidTypeForm]  # noqa: B008
