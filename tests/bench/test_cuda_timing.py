@@ -54,6 +54,18 @@ def test_as_many_calls_as_fill_the_time(seconds, calls):
     assert cuda_timing._calls_for(0.1, [seconds, seconds, 9 * seconds]) == calls
 
 
+def test_exponentials_are_taken_and_counted():
+    """Under Triton's interpreter, or on the GPU if there is one."""
+    exponentials = pytest.importorskip("longwave.bench.exponentials").exponentials
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    y, n = exponentials(programs=2, rounds=3, device=device)
+    assert n == 4 * 3 * 2 * 128
+    x = torch.arange(256)[:, None] / 1e9 + torch.tensor([0.0, 0.25, 0.5, 0.75])
+    for _ in range(3):
+        x = torch.exp2(-x)
+    torch.testing.assert_close(y.cpu(), x.sum(-1))
+
+
 def test_a_graph_is_captured_once_and_shared_out(monkeypatch):
     machine = Gpu(monkeypatch)
 

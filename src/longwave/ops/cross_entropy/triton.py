@@ -7,7 +7,8 @@ from torch import Tensor
 
 from longwave.ops.triton_math import LOG2E, device_of
 
-_BLOCK = 4096  # columns at a time, and no more than the row has
+_BLOCK = 16384  # columns at a time, and no more than the row has: the rows being worked on then stay in the cache
+_PER_WARP = 512  # columns
 _VECTOR = 8  # columns that a thread reads at once, if the rows begin and end at multiples of them
 
 
@@ -42,6 +43,13 @@ def cross_entropy_(logits: Tensor, targets: Tensor, ignore_index: int) -> Tensor
     block = min(_BLOCK, triton.next_power_of_2(v))
     with device_of(logits):
         _cross_entropy_kernel[(n,)](
-            logits, targets.contiguous(), losses, v // vector, ignore_index, VECTOR=vector, BLOCK=block, num_warps=8
+            logits,
+            targets.contiguous(),
+            losses,
+            v // vector,
+            ignore_index,
+            VECTOR=vector,
+            BLOCK=block,
+            num_warps=max(1, block // _PER_WARP),
         )
     return losses
