@@ -132,6 +132,7 @@ _backward = define(
     fake=_fake_backward,
     cpu="longwave.ops.ssd.cpu:backward",
     cuda="longwave.ops.ssd.triton:backward",
+    hopper="longwave.ops.ssd.hopper_backward:backward",
 )
 _step = define(
     "ssd_step(Tensor(a!) state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, "
