@@ -12,21 +12,27 @@ def good_size(least: int) -> int:
     return min(m << max(0, (-(-least // m) - 1).bit_length()) for m in (1, 3, 5, 9, 15))
 
 
-def block_size(taps: int, length: int, chunk_len: int | None, cost: Callable[[int], float]) -> tuple[int, int]:
+def block_size(
+    taps: int,
+    length: int,
+    chunk_len: int | None,
+    cost: Callable[[int], float],
+    size: Callable[[int], int] = good_size,
+) -> tuple[int, int]:
     """Tokens to a block, and n, for documents of `length` tokens: 2n points must hold taps - 1 + q inputs.
 
-    `cost` of n is that of a transform and its way back.
+    `cost` of n is that of a transform and its way back; `size` gives the least n that there is a transform for.
     """
 
     def q_of(n: int) -> int:
         return min(length, 2 * n - (taps - 1))
 
     if chunk_len is not None:
-        n = good_size(-(-(taps - 1 + min(chunk_len, length)) // 2))
+        n = size(-(-(taps - 1 + min(chunk_len, length)) // 2))
         return min(chunk_len, q_of(n)), n
-    n = good_size(-(-(taps - 1 + length) // 2))
+    n = size(-(-(taps - 1 + length) // 2))
     sizes = [n]
-    while n > 16 and 2 * (n := good_size(n // 2)) >= taps:
+    while (n := size(n // 2)) < sizes[-1] and n >= 8 and 2 * n >= taps:
         sizes.append(n)
     n = min(sizes, key=lambda n: (-(-length // q_of(n)) + 0.5) * cost(n))  # the half is the filter's
     return q_of(n), n

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from longwave.ops.checks import check_documents, check_shape, state_dtype
 from longwave.ops.fft_conv import reference
-from longwave.ops.register import Impl, define, use_kernel
+from longwave.ops.register import Impl, define, on_hopper, use_kernel
 
 
 class FilterSpectrum(NamedTuple):
@@ -137,13 +137,15 @@ _forward = define(
     fake=_fake_forward,
     cpu="longwave.ops.fft_conv.cpu:forward",
     cuda="longwave.ops.fft_conv.triton:forward",
+    hopper="longwave.ops.fft_conv.hopper:forward",
 )
 _backward = define(
-    "fft_conv_backward(Tensor dy, Tensor dfinal, Tensor x, Tensor kernel, Tensor? D, Tensor? initial_state, "
+    "fft_conv_backward(Tensor dy, Tensor? dfinal, Tensor x, Tensor kernel, Tensor? D, Tensor? initial_state, "
     "Tensor? reset, Tensor? lengths, int? chunk_len) -> (Tensor, Tensor, Tensor, Tensor)",
     fake=_fake_backward,
     cpu="longwave.ops.fft_conv.cpu:backward",
     cuda="longwave.ops.fft_conv.triton:backward",
+    hopper="longwave.ops.fft_conv.hopper:backward",
 )
 _step = define(
     "fft_conv_step(Tensor(a!) state, Tensor x, Tensor kernel, Tensor? D, Tensor? length) -> Tensor",
@@ -155,7 +157,9 @@ _step = define(
 
 
 def _spectrum(kernel: Tensor, l: int, chunk_len: int | None) -> Tensor:
-    if kernel.is_cuda:
+    if kernel.is_cuda and on_hopper(kernel.device):
+        from longwave.ops.fft_conv.hopper import spectrum
+    elif kernel.is_cuda:
         from longwave.ops.fft_conv.triton import spectrum
     else:
         from longwave.ops.fft_conv.cpu import spectrum
@@ -167,11 +171,13 @@ class _FFTConv(torch.autograd.Function):
     def forward(ctx, x, kernel, points, D, initial_state, reset, lengths, chunk_len):
         ctx.save_for_backward(x, kernel, D, initial_state, reset, lengths)
         ctx.chunk_len = chunk_len
+        ctx.set_materialize_grads(False)
         return _forward(x, kernel, points, D, initial_state, reset, lengths, chunk_len)
 
     @staticmethod
     def backward(ctx, dy, dfinal):  # pyright: ignore[reportIncompatibleMethodOverride]
         x, kernel, D, initial_state, reset, lengths = ctx.saved_tensors
+        dy = torch.zeros_like(x) if dy is None else dy
         dx, dkernel, dD, dinitial = _backward(dy, dfinal, x, kernel, D, initial_state, reset, lengths, ctx.chunk_len)
         return (
             dx,

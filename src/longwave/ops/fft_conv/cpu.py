@@ -73,6 +73,8 @@ def backward(dy, dfinal, x, kernel, D, initial_state, reset, lengths, chunk_len)
 
         parallel_for(inputs.n_tiles, body)
     dD = dkernel[:, 0].clone()  # the skip is one more first tap
+    if dfinal is None:
+        dfinal = dy.new_zeros(len(dy), kernel.shape[1] - 1, dy.shape[2])
     for i, (start, end) in enumerate(_kept(inputs)):
         dx[i, history + start : history + end] += dfinal[i, len(dfinal[i]) - (end - start) :]
     dx = dx.to(x.dtype)

@@ -6,7 +6,8 @@ documents begin inside rows, they are gathered in groups of like length, as if e
 `lengths` come to the host.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -21,7 +22,7 @@ from longwave.ops.triton_math import device_of, processors_of, rows
 from longwave.ops.triton_segments import segments_of
 
 
-class _Blocks(NamedTuple):
+class Blocks(NamedTuple):
     taps: int  # of the filter that are needed
     q: int  # tokens to a block
     n: int  # half the points of a transform
@@ -33,24 +34,38 @@ class _Pieces(NamedTuple):
     at: Tensor  # (documents, taps - 1 + length) in the rows' inputs, those of the initial state first
     inside: Tensor
     out: Tensor  # (documents, length) in the rows' outputs; one place behind the last for what is not there
-    blocks: _Blocks
+    blocks: Blocks
 
 
-def forward(x, kernel, points, D, initial_state, reset, lengths, chunk_len) -> tuple[Tensor, Tensor]:
+class Transforms(NamedTuple):
+    """What convolves, of rows (b, l, e) that are documents. cuFFT, or kernels of our own."""
+
+    blocks: Callable[[int, int, int | None], Blocks]  # of taps, the rows' length, chunk_len
+    points: Callable[[Tensor], int]  # n, of a spectrum
+    spectrum: Callable[[Tensor, Blocks], Tensor]
+    convolve: Callable[[Tensor | None, Tensor, Tensor, Blocks], Tensor]  # history (b, taps - 1, e), x, spectrum -> y
+    correlate: Callable[[Tensor | None, Tensor, Tensor, Tensor, Blocks], tuple[Tensor, Tensor]]
+    """history, x, dy, kernel -> the gradients of history and x (b, taps - 1 + l, e), and of the taps (e, taps)"""
+
+
+def forward(
+    x, kernel, points, D, initial_state, reset, lengths, chunk_len, transforms: Transforms | None = None
+) -> tuple[Tensor, Tensor]:
     b, l, e = x.shape
-    inputs = _Inputs(x, kernel, initial_state, reset, lengths)
-    h = None if points is None else torch.view_as_complex(points)
+    transforms = transforms or _CUFFT
+    inputs = Inputs(x, kernel, initial_state, reset, lengths, transforms)
     with device_of(x):
         if reset is None:
-            blocks = inputs.row_blocks(chunk_len, h)
-            y = _convolve(inputs.history, inputs.x, _spectrum(inputs.kernel, blocks) if h is None else h, blocks)
+            blocks = inputs.row_blocks(chunk_len, points)
+            h = transforms.spectrum(inputs.kernel, blocks) if points is None else points
+            y = transforms.convolve(inputs.history, inputs.x, h, blocks)
         else:
             y, given = x.new_empty(b * l + 1, e, dtype=inputs.dtype), inputs.flat()
-            for piece in inputs.pieces(chunk_len, h):
-                filter = _spectrum(inputs.kernel, piece.blocks) if h is None else h
+            for piece in inputs.pieces(chunk_len, points):
+                h = transforms.spectrum(inputs.kernel, piece.blocks) if points is None else points
                 before = piece.blocks.taps - 1
                 documents = torch.where(piece.inside[..., None], given[piece.at], 0)
-                found = _convolve(documents[:, :before], documents[:, before:], filter, piece.blocks)
+                found = transforms.convolve(documents[:, :before], documents[:, before:], h, piece.blocks)
                 y[piece.out] = found
             y = y[: b * l].view(b, l, e)
         if D is not None:
@@ -60,9 +75,12 @@ def forward(x, kernel, points, D, initial_state, reset, lengths, chunk_len) -> t
         return y.to(x.dtype), inputs.final_state(x, initial_state)
 
 
-def backward(dy, dfinal, x, kernel, D, initial_state, reset, lengths, chunk_len):
+def backward(
+    dy, dfinal, x, kernel, D, initial_state, reset, lengths, chunk_len, transforms: Transforms | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     b, l, e = x.shape
-    inputs = _Inputs(x, kernel, initial_state, reset, lengths)
+    transforms = transforms or _CUFFT
+    inputs = Inputs(x, kernel, initial_state, reset, lengths, transforms)
     dy = dy.to(inputs.dtype)
     if lengths is not None:
         dy = torch.where(inputs.real, dy, 0)
@@ -70,7 +88,7 @@ def backward(dy, dfinal, x, kernel, D, initial_state, reset, lengths, chunk_len)
         dkernel = torch.zeros(inputs.kernel.shape, dtype=inputs.dtype, device=x.device)
         if reset is None:
             blocks = inputs.row_blocks(chunk_len, None)
-            dinputs, dtaps = _correlate(inputs.history, inputs.x, dy, inputs.kernel, blocks)
+            dinputs, dtaps = transforms.correlate(inputs.history, inputs.x, dy, inputs.kernel, blocks)
             dinputs = dinputs[:, dinputs.shape[1] - l - inputs.held :]
             dkernel[:, : blocks.taps] = dtaps
         else:
@@ -79,7 +97,7 @@ def backward(dy, dfinal, x, kernel, D, initial_state, reset, lengths, chunk_len)
             for piece in inputs.pieces(chunk_len, None):
                 before = piece.blocks.taps - 1
                 documents = torch.where(piece.inside[..., None], given[piece.at], 0)
-                ddocuments, dtaps = _correlate(
+                ddocuments, dtaps = transforms.correlate(
                     documents[:, :before], documents[:, before:], up[piece.out], inputs.kernel, piece.blocks
                 )
                 dinputs[torch.where(piece.inside, piece.at, len(dinputs) - 1)] = ddocuments
@@ -96,46 +114,65 @@ def backward(dy, dfinal, x, kernel, D, initial_state, reset, lengths, chunk_len)
 
 def spectrum(kernel: Tensor, l: int, chunk_len: int | None) -> Tensor:
     """(e, n + 1, 2): the filter's transform, for blocks of about l tokens."""
-    k = kernel.shape[1]
-    blocks = _Blocks(k, *block_size(k, l, chunk_len, _cost))
     with device_of(kernel):
-        return torch.view_as_real(_spectrum(kernel, blocks))
+        return _spectrum(kernel, _blocks(kernel.shape[1], l, chunk_len))
 
 
-class _Inputs:
+class Inputs:
     """What is convolved, in the dtype that is computed in, and its documents."""
 
-    def __init__(self, x, kernel, initial_state, reset, lengths):
+    def __init__(self, x, kernel, initial_state, reset, lengths, transforms: Transforms):
         self.dtype, self.k = state_dtype(x.dtype), kernel.shape[1]
-        self.reset, self.lengths = reset, lengths
-        self.kernel = kernel.to(self.dtype)
-        b, l, _ = x.shape
-        self.times = torch.arange(l, device=x.device)
-        self.ends = torch.full((b,), l, device=x.device) if lengths is None else lengths
-        self.real = None if lengths is None else (self.times < lengths[:, None])[..., None]
-        self.x = (x if self.real is None else torch.where(self.real, x, 0)).to(self.dtype)
-        self.history = None if initial_state is None else initial_state.to(self.dtype)
-        self.held = 0 if self.history is None else self.k - 1
+        self.given = x, kernel, initial_state
+        self.reset, self.lengths, self.transforms = reset, lengths, transforms
+        self.b, self.l, _ = x.shape
+        self.held = 0 if initial_state is None else self.k - 1
+
+    @cached_property
+    def x(self) -> Tensor:
+        x = self.given[0]
+        return (x if self.real is None else torch.where(self.real, x, 0)).to(self.dtype)
+
+    @cached_property
+    def kernel(self) -> Tensor:
+        return self.given[1].to(self.dtype)
+
+    @cached_property
+    def history(self) -> Tensor | None:
+        initial = self.given[2]
+        return None if initial is None else initial.to(self.dtype)
+
+    @cached_property
+    def times(self) -> Tensor:
+        return torch.arange(self.l, device=self.given[0].device)
+
+    @cached_property
+    def ends(self) -> Tensor:
+        return torch.full((self.b,), self.l, device=self.given[0].device) if self.lengths is None else self.lengths
+
+    @cached_property
+    def real(self) -> Tensor | None:
+        return None if self.lengths is None else (self.times < self.lengths[:, None])[..., None]
 
     def flat(self) -> Tensor:
         """(b (held + l), e): the inputs of all rows."""
         whole = self.x if self.history is None else torch.cat([self.history, self.x], 1)
         return whole.reshape(-1, whole.shape[2])
 
-    def row_blocks(self, chunk_len: int | None, h: Tensor | None) -> _Blocks:
-        return self._blocks(self.x.shape[1], self.k if self.held else min(self.k, self.x.shape[1]), chunk_len, h)
+    def row_blocks(self, chunk_len: int | None, points: Tensor | None) -> Blocks:
+        return self._blocks(self.l, self.k if self.held else min(self.k, self.l), chunk_len, points)
 
-    def _blocks(self, length: int, taps: int, chunk_len: int | None, h: Tensor | None) -> _Blocks:
-        if h is None:
-            return _Blocks(taps, *block_size(taps, length, chunk_len, _cost))
-        n = h.shape[1] - 1
-        return _Blocks(self.k, min(length, 2 * n - (self.k - 1)), n)
+    def _blocks(self, length: int, taps: int, chunk_len: int | None, points: Tensor | None) -> Blocks:
+        if points is None:
+            return self.transforms.blocks(taps, length, chunk_len)
+        n = self.transforms.points(points)
+        return Blocks(self.k, min(length, 2 * n - (self.k - 1)), n)
 
-    def pieces(self, chunk_len: int | None, h: Tensor | None) -> Iterator[_Pieces]:
-        b, l, _ = self.x.shape
+    def pieces(self, chunk_len: int | None, points: Tensor | None) -> Iterator[_Pieces]:
+        b, l = self.b, self.l
         documents = documents_of(self.reset.cpu().numpy(), self.ends.cpu().numpy(), -self.held)
         for group, length, taps in groups_of(documents, self.k):
-            blocks = self._blocks(length, taps, chunk_len, h)
+            blocks = self._blocks(length, taps, chunk_len, points)
             row, start, end, seen = torch.from_numpy(np.ascontiguousarray(group.T)).to(self.x.device)[..., None]
             time = start + torch.arange(1 - blocks.taps, length, device=self.x.device)
             inside = (time >= seen) & (time < end)
@@ -153,10 +190,10 @@ class _Inputs:
             final = torch.where((time >= 0)[..., None], final, past.to(x.dtype))
         return torch.where((time >= self._seen())[..., None], final, 0)
 
-    def add_final_gradient(self, dinputs: Tensor, dfinal: Tensor) -> Tensor:
-        if self.k == 1:
+    def add_final_gradient(self, dinputs: Tensor, dfinal: Tensor | None) -> Tensor:
+        if dfinal is None or self.k == 1:
             return dinputs
-        time = torch.arange(-self.held, self.x.shape[1], device=dfinal.device)
+        time = torch.arange(-self.held, self.l, device=dfinal.device)
         place = time - (self.ends[:, None] - (self.k - 1))  # (b, held + l)
         kept = (place >= 0) & (place < self.k - 1) & (time >= self._seen())
         up = dfinal.gather(1, place.clamp(0, self.k - 2)[..., None].expand(dinputs.shape))
@@ -178,12 +215,16 @@ def _cost(n: int) -> float:
     return n * (n.bit_length() + 4)
 
 
-def _spectrum(kernel: Tensor, blocks: _Blocks) -> Tensor:
-    """(e, n + 1) complex."""
-    return torch.fft.rfft(kernel[:, : blocks.taps], 2 * blocks.n)
+def _blocks(taps: int, length: int, chunk_len: int | None) -> Blocks:
+    return Blocks(taps, *block_size(taps, length, chunk_len, _cost))
 
 
-def _transform(history: Tensor | None, x: Tensor, t0: int, t1: int, blocks: _Blocks) -> Tensor:
+def _spectrum(kernel: Tensor, blocks: Blocks) -> Tensor:
+    """(e, n + 1, 2)."""
+    return torch.view_as_real(torch.fft.rfft(kernel[:, : blocks.taps], 2 * blocks.n))
+
+
+def _transform(history: Tensor | None, x: Tensor, t0: int, t1: int, blocks: Blocks) -> Tensor:
     """(b, e, n + 1): that of the inputs from taps - 1 before t0 to t1. `history` holds the taps - 1 before x."""
     b, _, e = x.shape
     buffer = x.new_zeros(b, e, 2 * blocks.n)
@@ -195,9 +236,10 @@ def _transform(history: Tensor | None, x: Tensor, t0: int, t1: int, blocks: _Blo
     return torch.fft.rfft(buffer)
 
 
-def _convolve(history: Tensor | None, x: Tensor, h: Tensor, blocks: _Blocks) -> Tensor:
+def _convolve(history: Tensor | None, x: Tensor, h: Tensor, blocks: Blocks) -> Tensor:
     """(b, l, e), from x (b, l, e)."""
     taps, q, n = blocks
+    h = torch.view_as_complex(h)
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     for t0 in range(0, x.shape[1], q):
         t1 = min(t0 + q, x.shape[1])
@@ -206,10 +248,10 @@ def _convolve(history: Tensor | None, x: Tensor, h: Tensor, blocks: _Blocks) -> 
     return y
 
 
-def _correlate(history: Tensor | None, x: Tensor, dy: Tensor, kernel: Tensor, blocks: _Blocks) -> tuple[Tensor, Tensor]:
+def _correlate(history: Tensor | None, x: Tensor, dy: Tensor, kernel: Tensor, blocks: Blocks) -> tuple[Tensor, Tensor]:
     """The gradients of the inputs (b, taps - 1 + l, e) and of the taps (e, taps)."""
     (b, l, e), (taps, q, n) = x.shape, blocks
-    h = _spectrum(kernel, blocks)
+    h = torch.view_as_complex(_spectrum(kernel, blocks))
     dinputs = x.new_zeros(b, taps - 1 + l, e)
     dh = torch.zeros_like(h)
     for t0 in range(0, l, q):
@@ -221,6 +263,9 @@ def _correlate(history: Tensor | None, x: Tensor, dy: Tensor, kernel: Tensor, bl
         back = torch.fft.irfft(up.mul_(h.conj()), 2 * n)[..., : taps - 1 + t1 - t0]
         dinputs[:, t0 : t1 + taps - 1] += back.transpose(1, 2)
     return dinputs, torch.fft.irfft(dh, 2 * n)[:, :taps]
+
+
+_CUFFT = Transforms(_blocks, lambda h: h.shape[1] - 1, _spectrum, _convolve, _correlate)
 
 
 @triton.jit
