@@ -9,7 +9,7 @@ from longwave.ops.register import Impl, define, use_kernel
 from longwave.ops.selective_scan import reference
 
 # Tokens between the states that the forward keeps for the backward, which computes those in between again.
-_CHUNK_LEN = {"cuda": 64}  # elsewhere 32
+_CHUNK_LEN = {"cuda": 16}  # which Hopper's backward holds on chip; elsewhere 32
 
 
 def selective_scan(
@@ -144,6 +144,7 @@ _backward = define(
     fake=_fake_backward,
     cpu="longwave.ops.selective_scan.cpu:backward",
     cuda="longwave.ops.selective_scan.triton:backward",
+    hopper="longwave.ops.selective_scan.hopper_backward:backward",
 )
 _step = define(
     "selective_scan_step(Tensor(a!) state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, "
