@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from longwave.ops.triton_math import absent, block, device_of, rows
+from longwave.ops.triton_math import absent, block, device_of, rows, sigmoid, silu
 
 
 @triton.jit
@@ -114,9 +114,11 @@ def _forward_kernel(
             total = _sum(taps, offset, now, held, age, W, RESET)
             held = _rest(held + (now,), W)
             if SILU:
-                total = total / (1.0 + tl.exp(-total))
-            total = tl.where(t < end, total, 0.0).to(y.dtype.element_ty)
-            tl.store(y + tl.cast(t, tl.int64) * e + channel, total, mask=channel < tl.where(t < l, e, 0))
+                total = silu(total)
+            if LENGTHS:
+                total = tl.where(t < end, total, 0.0)
+            to = y + tl.cast(t, tl.int64) * e + channel
+            tl.store(to, total.to(y.dtype.element_ty), mask=channel < tl.where(t < l, e, 0))
 
 
 @triton.jit
@@ -139,13 +141,69 @@ def _window_kernel(
 
 
 @triton.jit
+def _backward_tile(
+    dy, dfinal, x, window, reset, dx, dwindow, taps, offset, held, age, waiting, sums, sum_bias,
+    start, first, end, channel, l, e, stride_yl, stride_xl, stride_rl,
+    SILU: tl.constexpr, W: tl.constexpr, BIAS: tl.constexpr, WINDOW: tl.constexpr, RESET: tl.constexpr,
+    COUNTED: tl.constexpr, T: tl.constexpr,
+):  # fmt: skip
+    """T outputs from `start` on. The inputs that they are the last to reach are done, but for those before `first`.
+
+    COUNTED: they are the strip's own, whose share in the sums is its to add.
+    """
+    inputs, grads = (), ()
+    for k in tl.static_range(T):
+        t = start + k
+        inputs = inputs + (_input(x, window, t, channel, end, e, stride_xl, W, WINDOW),)
+        at = dy + tl.cast(t, tl.int64) * stride_yl + channel
+        grads = grads + (tl.load(at, mask=channel < tl.where((t >= 0) & (t < end), e, 0), other=0.0),)
+    for k in tl.static_range(T):
+        t, now, grad = start + k, inputs[k].to(tl.float32), grads[k].to(tl.float32)
+        age = _older(age, reset, t, end, stride_rl, W, RESET)
+        if SILU:
+            total = _sum(taps, offset, now, held, age, W, RESET)
+            share = sigmoid(total)
+            grad *= share + total * (share - share * share)
+        waiting = waiting + (taps[0] * grad,)
+        reached, added = (), ()
+        for d in tl.static_range(W - 1, 0, -1):
+            to, own = taps[d] * grad, grad * held[W - 1 - d]
+            if RESET:
+                to, own = tl.where(age >= d, to, 0.0), tl.where(age >= d, own, 0.0)
+            reached = reached + (waiting[W - 1 - d] + to,)
+            added = added + (sums[W - 1 - d] + own,)
+        waiting = reached + (waiting[W - 1],)
+        if COUNTED:
+            sums = added + (sums[W - 1] + grad * now,)
+            if BIAS:
+                sum_bias += grad
+        s = t - (W - 1)
+        done = waiting[0]
+        slot = s - (end - (W - 1))
+        if (slot >= 0) & (slot < W - 1):
+            last = tl.load(dfinal + slot * e + channel, mask=channel < e, other=0.0).to(tl.float32)
+            done += tl.where(age >= W - 1, last, 0.0)
+        tl.store(
+            dx + tl.cast(s, tl.int64) * e + channel,
+            done.to(dx.dtype.element_ty),
+            mask=channel < tl.where((s >= first) & (s >= 0) & (s < l), e, 0),
+        )
+        if WINDOW:
+            to_window = channel < tl.where((s >= first) & (s < 0), e, 0)
+            tl.store(dwindow + (s + (W - 1)) * e + channel, done.to(dwindow.dtype.element_ty), mask=to_window)
+        waiting = _rest(waiting, W)
+        held = _rest(held + (now,), W)
+    return held, age, waiting, sums, sum_bias
+
+
+@triton.jit
 def _backward_kernel(
-    dy, dfinal, x, window, weight, bias, reset, lengths, dx, dwindow, dweight, dbias, l, e, strips,
+    dy, dfinal, x, window, weight, bias, reset, lengths, dx, dwindow, parts, l, e, strips,
     stride_yb, stride_yl, stride_xb, stride_xl, stride_we, stride_ww, stride_rb, stride_rl,
     SILU: tl.constexpr, W: tl.constexpr, BIAS: tl.constexpr, WINDOW: tl.constexpr, RESET: tl.constexpr,
     LENGTHS: tl.constexpr, STRIP: tl.constexpr, T: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """The inputs of a strip; those of the first one begin with the window. Outputs reach w - 1 tokens past its end."""
+    """A strip of tokens as inputs; those of the first one begin with the window. Outputs reach w - 1 tokens further."""
     blocks = tl.cdiv(e, BC)
     program = tl.program_id(0)
     row, strip = (program // (blocks * strips)).to(tl.int64), program // blocks % strips
@@ -156,6 +214,9 @@ def _backward_kernel(
     window += row * (W - 1) * e
     reset += row * stride_rb
     dy += row * stride_yb
+    dx += row * l * e
+    dwindow += row * (W - 1) * e
+    dfinal += row * (W - 1) * e
     taps, offset = _taps(weight, bias, channel, e, stride_we, stride_ww, W, BIAS)
     held, age = _before(x, window, reset, first, channel, end, e, stride_xl, stride_rl, W, WINDOW, RESET)
     zero = tl.zeros((BC,), tl.float32)
@@ -164,56 +225,21 @@ def _backward_kernel(
         sums = sums + (zero,)
         if d > 0:
             waiting = waiting + (zero,)  # gradients of the last w - 1 inputs, the oldest first
-    for start in range(first, first + STRIP + (W - 1), T):
-        inputs, grads = (), ()
-        for k in tl.static_range(T):
-            t = start + k
-            inputs = inputs + (_input(x, window, t, channel, end, e, stride_xl, W, WINDOW),)
-            mask = channel < tl.where((t >= 0) & (t < end), e, 0)
-            grads = grads + (tl.load(dy + tl.cast(t, tl.int64) * stride_yl + channel, mask=mask, other=0.0),)
-        for k in tl.static_range(T):
-            t, now, grad = start + k, inputs[k].to(tl.float32), grads[k].to(tl.float32)
-            age = _older(age, reset, t, end, stride_rl, W, RESET)
-            if SILU:
-                total = _sum(taps, offset, now, held, age, W, RESET)
-                share = 1.0 / (1.0 + tl.exp(-total))
-                grad *= share * (1.0 + total * (1.0 - share))
-            counted = tl.where(t < first + STRIP, grad, 0.0)  # an output past the strip is the next one's
-            waiting = waiting + (taps[0] * grad,)
-            reached, added = (), ()
-            for d in tl.static_range(W - 1, 0, -1):
-                to, own = taps[d] * grad, counted * held[W - 1 - d]
-                if RESET:
-                    to, own = tl.where(age >= d, to, 0.0), tl.where(age >= d, own, 0.0)
-                reached = reached + (waiting[W - 1 - d] + to,)
-                added = added + (sums[W - 1 - d] + own,)
-            waiting = reached + (waiting[W - 1],)
-            sums = added + (sums[W - 1] + counted * now,)
-            if BIAS:
-                sum_bias += counted
-            s = t - (W - 1)  # the input whose last output this was
-            slot = s - (end - (W - 1))
-            last = tl.load(
-                dfinal + (row * (W - 1) + slot) * e + channel,
-                mask=channel < tl.where((slot >= 0) & (slot < W - 1), e, 0),
-                other=0.0,
-            ).to(tl.float32)
-            done = waiting[0] + tl.where(age >= W - 1, last, 0.0)
-            mine = (s >= first) & (s < first + STRIP)
-            to_x = channel < tl.where(mine & (s >= 0) & (s < l), e, 0)
-            value = tl.where(s < end, done, 0.0).to(dx.dtype.element_ty)
-            tl.store(dx + (row * l + s) * e + channel, value, mask=to_x)
-            if WINDOW:
-                to_window = channel < tl.where(mine & (s < 0), e, 0)
-                at = (row * (W - 1) + s + (W - 1)) * e
-                tl.store(dwindow + at + channel, done.to(dwindow.dtype.element_ty), mask=to_window)
-            waiting = _rest(waiting, W)
-            held = _rest(held + (now,), W)
-    part = row * strips + strip
+    for start in range(first, first + STRIP, T):
+        held, age, waiting, sums, sum_bias = _backward_tile(
+            dy, dfinal, x, window, reset, dx, dwindow, taps, offset, held, age, waiting, sums, sum_bias,
+            start, first, end, channel, l, e, stride_yl, stride_xl, stride_rl,
+            SILU, W, BIAS, WINDOW, RESET, True, T,
+        )  # fmt: skip
+    _backward_tile(
+        dy, dfinal, x, window, reset, dx, dwindow, taps, offset, held, age, waiting, sums, sum_bias,
+        first + STRIP, first, end, channel, l, e, stride_yl, stride_xl, stride_rl,
+        SILU, W, BIAS, WINDOW, RESET, False, W - 1,
+    )  # fmt: skip
+    at = parts + (row * strips + strip) * ((W + 1) * e) + channel
     for k in tl.static_range(W):
-        tl.store(dweight + (part * W + k) * e + channel, sums[k], mask=channel < e)
-    if BIAS:
-        tl.store(dbias + part * e + channel, sum_bias, mask=channel < e)
+        tl.store(at + k * e, sums[k], mask=channel < e)
+    tl.store(at + W * e, sum_bias, mask=channel < e)
 
 
 @triton.jit
@@ -242,12 +268,12 @@ def _step_kernel(
         slot = window + row * stride_sb + (W - 2) * stride_sw + channel
         tl.store(slot, new.to(window.dtype.element_ty), mask=inside)
     if SILU:
-        total = total / (1.0 + tl.exp(-total))
+        total = silu(total)
     tl.store(y + row * e + channel, total.to(y.dtype.element_ty), mask=inside)
 
 
-_STRIP = 128  # tokens that a program walks
-_TILE = 8  # tokens that are loaded before the first of them is worked on
+_STRIP, _BACKWARD_STRIP = 128, 256  # tokens that a program walks
+_TILE, _BACKWARD_TILE = 16, 8  # tokens that are loaded before the first of them is worked on
 _CHANNELS = 128
 
 
@@ -275,20 +301,18 @@ def backward(dy, dfinal, x, weight, bias, silu, initial_state, reset, lengths):
     b, l, e = x.shape
     w = weight.shape[1]
     window = _window(initial_state, x)
-    strip = _STRIP - (w - 1)  # so that the outputs that it reaches are whole tiles
-    strips, flags = triton.cdiv(l + w - 1, strip), _flags(weight, window, reset, lengths, e)
+    strips, flags = triton.cdiv(l + w - 1, _BACKWARD_STRIP), _flags(weight, window, reset, lengths, e)
     dx, dwindow = torch.empty(b, l, e, dtype=x.dtype, device=x.device), x.new_zeros(b, w - 1, e)
-    dweight = torch.empty(b * strips, w, e, dtype=torch.float32, device=x.device)
-    dbias = torch.empty(b * strips, e, dtype=torch.float32, device=x.device)
+    parts = torch.empty(b * strips, w + 1, e, dtype=torch.float32, device=x.device)
     held = (absent(window, x), absent(reset, x))
     with device_of(x):
         _backward_kernel[(b * strips * triton.cdiv(e, flags["BC"]),)](
-            dy, dfinal.contiguous(), x, held[0], weight, bias, held[1], lengths, dx, dwindow, dweight, dbias,
+            dy, dfinal.contiguous(), x, held[0], weight, bias, held[1], lengths, dx, dwindow, parts,
             l, e, strips, *dy.stride()[:2], *x.stride()[:2], *weight.stride(), *_strides(reset),
-            SILU=silu, BIAS=bias is not None, STRIP=strip, T=_TILE, **flags,
+            SILU=silu, BIAS=bias is not None, STRIP=_BACKWARD_STRIP, T=_BACKWARD_TILE, **flags,
         )  # fmt: skip
-    dbias = weight.new_empty(e) if bias is None else dbias.sum(0).to(weight.dtype)
-    return dx, dweight.sum(0).T.to(weight.dtype).contiguous(), dbias, dwindow
+    *dweight, dbias = parts.sum(0).to(weight.dtype)
+    return dx, torch.stack(dweight, 1), dbias, dwindow
 
 
 def step(state, x, weight, bias, silu):

@@ -449,6 +449,7 @@ def _backward_kernel(
                     h_re, h_im = _times(x, y, h_re, h_im)
                     h_re += enter_re * us[k].to(tl.float32)[:, None]
                     h_im += enter_im * us[k].to(tl.float32)[:, None]
+            dD_tile = tl.zeros((BE,), tl.float32)  # few numbers at a time round less
             for k in tl.static_range(T - 1, -1, -1):
                 t = start + k
                 x, y, F_re, F_im, h_re, h_im = xs[k], ys[k], Fs[k], Hs[k], hs[k], ks[k]
@@ -482,7 +483,7 @@ def _backward_kernel(
                     to = (row * l + t) * e + i_e
                     du_t = tl.where(t < end, du_t, 0.0).to(du.dtype.element_ty)
                     tl.store(du + to, du_t, mask=i_e < tl.where(t < l, e, 0))
-                    dD_sum += dy_t * u_t
+                    dD_tile += dy_t * u_t
                     dF_re, dF_im = _conj_times(B_re * u_t[:, None], B_im * u_t[:, None], g_re, g_im)
                 dabar_re, dabar_im = _conj_times(h_re, h_im, g_re, g_im)
                 dabar_re, dabar_im = _conj_times(V_re, V_im, dabar_re, dabar_im)
@@ -497,6 +498,7 @@ def _backward_kernel(
                 g_re, g_im = _conj_times(x, y, g_re, g_im)
                 if RESET:
                     g_re, g_im = tl.where(keeps[k], g_re, 0.0), tl.where(keeps[k], g_im, 0.0)
+            dD_sum += dD_tile
     tl.store(before + at_state + cell, g_re, mask=inside)
     tl.store(before + at_state + part + cell, g_im, mask=inside)
     tl.store(dA + at_state + cell, dA_re, mask=inside)
@@ -564,7 +566,7 @@ _CELLS = 256  # of the state of one warp
 _BACKWARD_CELLS = 128
 _STATES_TILE, _STATES_CELLS = 2, 128  # where a token has a number for every cell
 _SEGMENT = 256  # tokens of a segment that are worth a second pass over them
-_STEPS = 16  # programs of a step for each processor that are worth reading the parameters once more
+_STEPS = 64  # programs of a step for each processor that are worth reading the parameters once more
 
 
 def forward(u, dt, A, B, C, D, initial_state, reset, lengths, method, chunk_len):

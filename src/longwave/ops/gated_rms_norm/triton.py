@@ -104,10 +104,11 @@ def backward(dy, x, weight, z, eps, group_size, norm_before_gate):
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     dz = x.new_empty(0) if z is None else torch.empty(z.shape, dtype=z.dtype, device=x.device)
     flags = _flags(weight, z, group_size, norm_before_gate)
-    flags["num_warps"] = 8 if flags["BG"] >= 4096 else 4
+    if flags["BG"] == 4096:
+        flags["num_warps"] = 8
     tiles, groups = triton.cdiv(count, flags["BR"]), e // group_size
-    programs = processors_of(x) * (8 // flags["num_warps"])  # each with a part of dweight of its own
-    per_program = triton.cdiv(tiles, max(1, programs // groups))
+    programs = processors_of(x) * (8 if flags["BG"] <= 1024 else 2 if flags["BG"] == 2048 else 1)
+    per_program = triton.cdiv(tiles, max(1, programs // groups))  # each has a part of dweight of its own
     parts = triton.cdiv(tiles, per_program)
     dweight = torch.empty(parts, e, dtype=torch.float32, device=x.device)
     with device_of(x):
