@@ -24,7 +24,6 @@ import torch
 from torch import Tensor
 
 from longwave.ops.checks import state_dtype
-from longwave.ops.mamba3_scan.gate import finished, gate_gradients
 from longwave.ops.numba_chunks import (
     add,
     add_upper_product,
@@ -45,6 +44,7 @@ from longwave.ops.numba_math import exp, jit
 from longwave.ops.numba_matmul import COLUMNS, ROWS, add_lower_product, add_product, padded
 from longwave.ops.numba_rotation import rotate, rotate_back, rotate_token, turn, turn_back, unit_circle, wrapped
 from longwave.ops.openmp import carray, next_ticket, pointer, region, run
+from longwave.ops.output_gate import finished, gate_gradients
 from longwave.ops.rows import flat
 from longwave.ops.threads import parallel_for
 from longwave.ops.trapezoid import Trapezoid

@@ -22,8 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from longwave.ops.mamba3_scan.gate import finished, gate_gradients
 from longwave.ops.mamba3_scan.reference import pairs_of
+from longwave.ops.output_gate import finished, gate_gradients
 from longwave.ops.trapezoid import Trapezoid
 from longwave.ops.triton_chunks import chunk_weights, over_ranks
 from longwave.ops.triton_math import LOG2E, TYPES, block, device_of, processors_of, rows

@@ -1,4 +1,4 @@
-"""The gate of Mamba-3's output with one rank, for forms whose kernels leave it to torch."""
+"""The gate of a scan with one rank, for kernels that leave it to torch."""
 
 import torch
 from torch import Tensor
