@@ -235,6 +235,7 @@ _forward = define(
     fake=_fake_forward,
     cpu=f"{_MODULE}.cpu:forward",
     cuda=f"{_MODULE}.triton:forward",
+    hopper=f"{_MODULE}.hopper:forward",
 )
 _backward = define(
     f"mamba3_scan_backward(Tensor dy, Tensor dangle, Tensor dssm, Tensor dk, Tensor dv, {_ARGUMENTS}, "
