@@ -65,20 +65,20 @@ def test_error_budget(form, i):
 
 def test_runs_of_l_make_no_difference(kernels, monkeypatch):
     """One channel: sums over l are cut."""
-    monkeypatch.setattr(kernels, "_TABLE", {"Q": 16, "FINE": 4})
+    monkeypatch.setattr(kernels, "_SUMS_LADDER", {"Q": 16, "FINE": 4})
     monkeypatch.setattr(kernels, "_SUMS", {"BI": 16, "BN": 16, "num_warps": 4})
     for form in FORMS:
         within_budget(form, {"m": 1, "e": 1, "n": 2, "l": 1500})
 
 
 def test_phases_are_exact():
-    """Up to two million radians, which float32 has to 1/8."""
+    """Up to two million radians, which float32 has to 1/8. A power of K is a product of four, and C of two of them."""
     l = 65536
     modes = torch.tensor([[-1e-6, 31.4159], [-3e-5, -0.731], [0.0, 19.37]], device=DEVICE)
     C = torch.eye(3, device=DEVICE)[:, None, :, None] * torch.tensor([0.8, -0.6], device=DEVICE)  # (m, 1, n, 2)
     K = vandermonde_kernel(C, modes[None], l).double()
     exact = vandermonde_kernel(C.double(), modes[None].double(), l, impl="reference")
-    assert (K - exact).abs().max() <= 2 * 3e-7
+    assert (K - exact).abs().max() <= 2 * 4e-7
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from longwave.ops.triton_math import absent, block, device_of, rows, sigmoid, silu
+from longwave.ops.triton_math import absent, block, device_of, processors_of, rows, sigmoid, silu
 
 
 @triton.jit
@@ -272,7 +272,7 @@ def _step_kernel(
     tl.store(y + row * e + channel, total.to(y.dtype.element_ty), mask=inside)
 
 
-_STRIP, _BACKWARD_STRIP = 128, 256  # tokens that a program walks
+_STRIP, _BACKWARD_STRIP = 32, 256  # tokens that a program walks, backward at most
 _TILE, _BACKWARD_TILE = 16, 8  # tokens that are loaded before the first of them is worked on
 _CHANNELS = 128
 
@@ -301,15 +301,19 @@ def backward(dy, dfinal, x, weight, bias, silu, initial_state, reset, lengths):
     b, l, e = x.shape
     w = weight.shape[1]
     window = _window(initial_state, x)
-    strips, flags = triton.cdiv(l + w - 1, _BACKWARD_STRIP), _flags(weight, window, reset, lengths, e)
+    flags = _flags(weight, window, reset, lengths, e)
+    blocks, strip = triton.cdiv(e, flags["BC"]), _BACKWARD_STRIP
+    while strip > _STRIP and b * blocks * triton.cdiv(l, strip) < 16 * processors_of(x):
+        strip //= 2
+    strips = triton.cdiv(l + w - 1, strip)
     dx, dwindow = torch.empty(b, l, e, dtype=x.dtype, device=x.device), x.new_zeros(b, w - 1, e)
     parts = torch.empty(b * strips, w + 1, e, dtype=torch.float32, device=x.device)
     held = (absent(window, x), absent(reset, x))
     with device_of(x):
-        _backward_kernel[(b * strips * triton.cdiv(e, flags["BC"]),)](
+        _backward_kernel[(b * strips * blocks,)](
             dy, dfinal.contiguous(), x, held[0], weight, bias, held[1], lengths, dx, dwindow, parts,
             l, e, strips, *dy.stride()[:2], *x.stride()[:2], *weight.stride(), *_strides(reset),
-            SILU=silu, BIAS=bias is not None, STRIP=_BACKWARD_STRIP, T=_BACKWARD_TILE, **flags,
+            SILU=silu, BIAS=bias is not None, STRIP=strip, T=_BACKWARD_TILE, **flags,
         )  # fmt: skip
     *dweight, dbias = parts.sum(0).to(weight.dtype)
     return dx, torch.stack(dweight, 1), dbias, dwindow

@@ -83,7 +83,8 @@ def _backward_kernel(
 
 
 _NUMBERS = 1024  # of a program at once
-_WAITING = 48 * 1024  # bytes of shared memory for rows that are on their way while others are worked on
+# Bytes of shared memory for rows that are on their way while others are worked on; AMD's has 64 KB in all.
+_WAITING = 48 * 1024 if torch.version.hip else 96 * 1024
 
 
 def forward(x, weight, z, eps, group_size, norm_before_gate):
@@ -104,8 +105,7 @@ def backward(dy, x, weight, z, eps, group_size, norm_before_gate):
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     dz = x.new_empty(0) if z is None else torch.empty(z.shape, dtype=z.dtype, device=x.device)
     flags = _flags(weight, z, group_size, norm_before_gate)
-    if flags["BG"] == 4096:
-        flags["num_warps"] = 8
+    flags["num_warps"] = 8 if flags["BG"] >= 4096 else 4
     tiles, groups = triton.cdiv(count, flags["BR"]), e // group_size
     programs = processors_of(x) * (8 if flags["BG"] <= 1024 else 2 if flags["BG"] == 2048 else 1)
     per_program = triton.cdiv(tiles, max(1, programs // groups))  # each has a part of dweight of its own

@@ -121,7 +121,7 @@ def _times(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _conj(x: Tensor) -> Tensor:
-    return torch.stack([x[..., 0], -x[..., 1]], dim=-1)
+    return torch.view_as_real(torch.view_as_complex(x.contiguous()).conj_physical())
 
 
 def _fake_moments(f, dtA, weighted):

@@ -1,8 +1,8 @@
 """Kernel generation on a GPU, portable Triton. docs/ops/ssm_kernel.md has the algebra.
 
-Vandermonde: with t = i Q + j, exp(t a) = X_i E_j. A program takes Q columns and some rows of one kernel, or sums over
-them, as a product of two small matrices, of which it computes the powers itself: each by reducing its exponent in
-float64, and the rest in float32. Cauchy: a program takes some nodes, or sums over them.
+Vandermonde: with t = i Q + j, exp(t a) = X_i E_j. One kernel makes a table of few powers, all straight from their
+exponents. Another takes Q columns and some rows of one kernel, or sums over them, as a product of two small matrices,
+whose powers are products of two of the table's. Cauchy: a program takes some nodes, or sums over them.
 """
 
 import torch
@@ -12,7 +12,6 @@ from torch import Tensor
 
 from longwave.ops.triton_math import (
     LOG2E,
-    QUARTERS,
     block,
     cos_sin,
     device_of,
@@ -21,30 +20,35 @@ from longwave.ops.triton_math import (
     processors_of,
     rows,
 )
+from longwave.ops.triton_rotation import TURNS
 from longwave.ops.triton_segments import segments_of
 
 _LN2 = tl.constexpr(0.6931471805599453)
+_WHOLE = tl.constexpr(2.0**64)
+_QUARTER = tl.constexpr(2.0**-30)
 _FAR = tl.constexpr(1e18)  # from all poles; its square is finite
 
 
 @triton.jit
-def _powers(t, re, quarters):
-    """exp(t a) for a = re + i pi/2 quarters, as real and imaginary part in float32."""
-    steps = t.to(tl.float64)
-    size = steps * re
-    halvings = tl.floor(size * LOG2E + 0.5)
+def _powers(t, high, low, turns):
+    """exp(t a), as real and imaginary part. Whole halvings and quarter turns are taken off without an error.
+
+    a: its halvings in a step, as two numbers in float32, and its turns, in units of 2^-64 of one, in int64.
+    """
+    steps = t.to(tl.float32)
+    size = steps * high
+    halvings = tl.floor(size + 0.5)
+    rest = (size - halvings) + (tl.fma(steps, high, -size) + steps * low)
     scale = power_of_2(halvings)
-    size = scale + scale * expm1_near_0((size - halvings * _LN2).to(tl.float32))
-    phase = steps * quarters
-    whole = tl.floor(phase + 0.5)
-    cosine, _, sine = cos_sin(whole - 4.0 * tl.floor(whole * 0.25), (phase - whole).to(tl.float32))
+    size = scale + scale * expm1_near_0(tl.where(tl.abs(halvings) > 200.0, 0.0, rest * _LN2))
+    phase = ((t * turns) >> 32).to(tl.int32)  # it wraps around: whole turns are lost
+    quarter = ((phase >> 29) + 1) >> 1
+    cosine, _, sine = cos_sin(quarter, (phase - (quarter << 30)).to(tl.float32) * _QUARTER)
     return size * cosine, size * sine
 
 
 @triton.jit
-def _table_kernel(
-    dtA, table, n, rungs, per_program, Q: tl.constexpr, FINE: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr
-):
+def _table_kernel(dtA, table, n, rungs, Q: tl.constexpr, FINE: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr):
     """The powers exp(t a) of a channel (2, rungs, n), from which `_ladder` makes the others.
 
     t = 0..FINE - 1 and its multiples below Q, then Q times the same, without an end.
@@ -52,18 +56,20 @@ def _table_kernel(
     channel = tl.program_id(0).to(tl.int64)
     dtA += channel * (2 * n)
     table += channel * (2 * rungs * n)
-    k = tl.program_id(2) * BN + tl.arange(0, BN)
-    re = tl.load(dtA + 2 * k, mask=k < n, other=0.0).to(tl.float64)
-    quarters = tl.load(dtA + 2 * k + 1, mask=k < n, other=0.0).to(tl.float64) * QUARTERS
-    for step in range(per_program):
-        p = (tl.program_id(1) * per_program + step) * BP + tl.arange(0, BP)
-        SHORT: tl.constexpr = FINE + Q // FINE
-        place = tl.where(p < SHORT, p, p - SHORT)
-        t = tl.where(place < FINE, place, (place - FINE) * FINE).to(tl.int64) * tl.where(p < SHORT, 1, Q)
-        x, y = _powers(t[:, None], re[None, :], quarters[None, :])
-        at, inside = table + p[:, None] * n + k[None, :], (p < rungs)[:, None] & (k < n)[None, :]
-        tl.store(at, x, mask=inside)
-        tl.store(at + rungs * n, y, mask=inside)
+    k = tl.arange(0, BN)
+    halvings = tl.load(dtA + 2 * k, mask=k < n, other=0.0).to(tl.float64) * LOG2E
+    high = halvings.to(tl.float32)
+    low = (halvings - high.to(tl.float64)).to(tl.float32)
+    turns = tl.load(dtA + 2 * k + 1, mask=k < n, other=0.0).to(tl.float64) * TURNS
+    turns = ((turns - tl.floor(turns + 0.5)) * _WHOLE).to(tl.int64)
+    p = tl.program_id(1) * BP + tl.arange(0, BP)
+    SHORT: tl.constexpr = FINE + Q // FINE
+    place = tl.where(p < SHORT, p, p - SHORT)
+    t = tl.where(place < FINE, place, (place - FINE) * FINE).to(tl.int64) * tl.where(p < SHORT, 1, Q)
+    x, y = _powers(t[:, None], high[None, :], low[None, :], turns[None, :])
+    at, inside = table + p[:, None] * n + k[None, :], (p < rungs)[:, None] & (k < n)[None, :]
+    tl.store(at, x, mask=inside)
+    tl.store(at + rungs * n, y, mask=inside)
 
 
 @triton.jit
@@ -87,22 +93,31 @@ def _ladder(fine_re, fine_im, coarse_re, coarse_im):
 
 
 @triton.jit
-def _halves(x):
-    """x as the sum of two numbers that a matrix unit takes whole, of 11 bits, or nearly so."""
-    high = ((x.to(tl.uint32, bitcast=True) + 0x1000) & 0xFFFFE000).to(tl.float32, bitcast=True)
-    return high, x - high
+def _narrow(x):
+    """x rounded to the 11 bits that a matrix unit takes of a float32."""
+    return ((x.to(tl.uint32, bitcast=True) + 0x1000) & 0xFFFFE000).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def _dot(x, y, total, PRECISION: tl.constexpr):
-    """total + x y; of halves but for PRECISION "ieee": Triton's own tf32x3 does the same, and looks for NaN."""
+def _large(x, y, total, PRECISION: tl.constexpr):
+    """total + x y, of their leading 11 bits; of all with PRECISION "ieee"."""
+    if PRECISION == "tf32":
+        x, y = _narrow(x), _narrow(y)
+    return tl.dot(x, y, total, input_precision=PRECISION)
+
+
+@triton.jit
+def _small(x, y, total, PRECISION: tl.constexpr):
+    """total and what `_large` leaves out of x y, but for the product of both rests.
+
+    Apart from it, because a matrix unit cuts off what does not fit into its sum, each time: small numbers go first, or
+    into a sum of their own.
+    """
     if PRECISION == "ieee":
-        return tl.dot(x, y, total, input_precision="ieee")
-    x, x_low = _halves(x)
-    y, y_low = _halves(y)
-    total = tl.dot(x_low, y, total, input_precision="tf32")
-    total = tl.dot(x, y_low, total, input_precision="tf32")
-    return tl.dot(x, y, total, input_precision="tf32")
+        return total
+    x_high, y_high = _narrow(x), _narrow(y)
+    total = tl.dot(_narrow(x - x_high), y_high, total, input_precision=PRECISION)
+    return tl.dot(x_high, _narrow(y - y_high), total, input_precision=PRECISION)
 
 
 @triton.jit
@@ -116,30 +131,35 @@ def _vandermonde_kernel(
     C += row * (2 * n)
     table += row % e * (2 * rungs * n)
     total = tl.zeros((BI, Q), tl.float32)
-    for start in range(0, n, BN):
-        k = start + tl.arange(0, BN)
-        real, imag = _rungs(table, rungs, FINE + Q // FINE + FINE + first // FINE, k, n, BI // FINE)
-        C_re = 2.0 * tl.load(C + 2 * k, mask=k < n, other=0.0)[None, :]
-        C_im = 2.0 * tl.load(C + 2 * k + 1, mask=k < n, other=0.0)[None, :]
-        real, imag = _times(C_re, C_im, real, imag)
-        x, y = _rungs(table, rungs, FINE + Q // FINE, k, n, FINE)
-        x, y = _ladder(x, y, real, imag)
-        real, imag = _rungs(table, rungs, FINE, k, n, Q // FINE)
-        z, w = _rungs(table, rungs, 0, k, n, FINE)
-        z, w = _ladder(z, w, real, imag)
-        total = _dot(x, tl.trans(z), total, PRECISION)
-        total = _dot(-y, tl.trans(w), total, PRECISION)
+    for large in tl.static_range(2):
+        for start in range(0, n, BN):
+            k = start + tl.arange(0, BN)
+            real, imag = _rungs(table, rungs, FINE + Q // FINE + FINE + first // FINE, k, n, BI // FINE)
+            C_re = 2.0 * tl.load(C + 2 * k, mask=k < n, other=0.0)[None, :]
+            C_im = 2.0 * tl.load(C + 2 * k + 1, mask=k < n, other=0.0)[None, :]
+            real, imag = _times(C_re, C_im, real, imag)
+            x, y = _rungs(table, rungs, FINE + Q // FINE, k, n, FINE)
+            x, y = _ladder(x, y, real, imag)
+            real, imag = _rungs(table, rungs, FINE, k, n, Q // FINE)
+            z, w = _rungs(table, rungs, 0, k, n, FINE)
+            z, w = _ladder(z, w, real, imag)
+            if large:
+                total = _large(x, tl.trans(z), total, PRECISION)
+                total = _large(-y, tl.trans(w), total, PRECISION)
+            else:
+                total = _small(x, tl.trans(z), total, PRECISION)
+                total = _small(-y, tl.trans(w), total, PRECISION)
     t = (first + tl.arange(0, BI)[:, None]) * Q + tl.arange(0, Q)[None, :]
     tl.store(K + row * l + t, total, mask=t < l)
 
 
 @triton.jit
 def _moments_kernel(
-    f, table, sums, e, n, l, rungs, per_split, splits, parts, stride_fm, stride_fe,
+    f, table, sums, later, e, n, l, rungs, per_split, splits, parts, stride_fm, stride_fe,
     WEIGHTED: tl.constexpr, Q: tl.constexpr, FINE: tl.constexpr, BI: tl.constexpr, BN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Sums over rows i of f_ij X_i, and if WEIGHTED of f_ij i X_i; and then over the columns j."""
+    """Sums over rows i of f_ij X_i, and then over the columns j. If WEIGHTED, also with each t counted t times."""
     blocks = tl.cdiv(n, BN)
     program = tl.program_id(0).to(tl.int64)
     k = (program % blocks).to(tl.int32) * BN + tl.arange(0, BN)
@@ -148,7 +168,8 @@ def _moments_kernel(
     f += row // e * stride_fm + row % e * stride_fe
     table += row % e * (2 * rungs * n)
     ROWS: tl.constexpr = 4 * BN if WEIGHTED else 2 * BN
-    total = tl.zeros((ROWS, Q), tl.float32)  # rows: mode, real or imaginary part, not weighted or weighted
+    # Rows: mode, real or imaginary part, not weighted or weighted.
+    total, rest = tl.zeros((ROWS, Q), tl.float32), tl.zeros((ROWS, Q), tl.float32)
     j = tl.arange(0, Q)
     first = (split * per_split).to(tl.int32)
     x, y = _rungs(table, rungs, FINE + Q // FINE, k, n, FINE)
@@ -162,7 +183,9 @@ def _moments_kernel(
         both = tl.where(i[:, None] * Q < l, both, 0.0)  # beyond they may be infinite
         if WEIGHTED:
             both = tl.reshape(tl.join(both, both * i.to(tl.float32)[:, None]), (BI, ROWS))
-        total = _dot(tl.trans(both), values, total, PRECISION)
+        total = _large(tl.trans(both), values, total, PRECISION)
+        rest = _small(tl.trans(both), values, rest, PRECISION)
+    total += rest
     real, imag = _rungs(table, rungs, FINE, k, n, Q // FINE)
     x, y = _rungs(table, rungs, 0, k, n, FINE)
     x, y = _ladder(x, y, real, imag)
@@ -176,15 +199,14 @@ def _moments_kernel(
     else:
         a, b = tl.split(tl.permute(tl.reshape(total, (BN, 2, Q)), (0, 2, 1)))
     real, imag = _times(x, y, a, b)
-    at = sums + 2 * ((split * parts + row) * n + k)
-    tl.store(at, tl.sum(real, 1), mask=k < n)
-    tl.store(at + 1, tl.sum(imag, 1), mask=k < n)
+    at = 2 * ((split * parts + row) * n + k)
+    tl.store(sums + at, tl.sum(real, 1), mask=k < n)
+    tl.store(sums + at + 1, tl.sum(imag, 1), mask=k < n)
     if WEIGHTED:
-        at += splits * parts * (2 * n)
         number = j.to(tl.float32)[None, :]
         c, d = _times(x, y, c, d)
-        tl.store(at, tl.sum(number * real + Q * c, 1), mask=k < n)
-        tl.store(at + 1, tl.sum(number * imag + Q * d, 1), mask=k < n)
+        tl.store(later + at, tl.sum(number * real + Q * c, 1), mask=k < n)
+        tl.store(later + at + 1, tl.sum(number * imag + Q * d, 1), mask=k < n)
 
 
 @triton.jit
@@ -262,23 +284,22 @@ def _cauchy_backward_kernel(dk, v, z, w, dv, dw, e, n, l, per_split, splits, par
     tl.store(dw + at + 1, tl.sum(dw_im, 1), mask=in_n)
 
 
-_TABLE = {"Q": 128, "FINE": 8}
-_KERNEL = {"BI": 128, "BN": 16, "num_warps": 8}
-_SUMS = {"BI": 32, "BN": 32, "num_warps": 8}
+_LADDER, _SUMS_LADDER = {"Q": 128, "FINE": 8}, {"Q": 64, "FINE": 8}
+_KERNEL = {"BI": 128, "BN": 16, "num_warps": 4}
+_SUMS = {"BI": 32, "BN": 32, "num_warps": 4}
 _NODES = 256
-# Three products of numbers of 11 bits, which NVIDIA's matrix units take, for one of 22.
-_PRECISION = "ieee" if torch.version.hip else "tf32x3"
+_PRECISION = "ieee" if torch.version.hip else "tf32"
 
 
 def vandermonde(C: Tensor, dtA: Tensor, l: int) -> Tensor:
     m, e, n, _ = C.shape
     C = C.to(torch.float32).contiguous()
     K = torch.empty(m, e, l, dtype=torch.float32, device=C.device)
-    blocks = triton.cdiv(l, _TABLE["Q"] * _KERNEL["BI"])
+    blocks = triton.cdiv(l, _LADDER["Q"] * _KERNEL["BI"])
     with device_of(C):
-        table = _table(dtA, l, _KERNEL["BI"])
+        table = _table(dtA, l, _KERNEL["BI"], **_LADDER)
         _vandermonde_kernel[(m * e * blocks,)](
-            C, table, K, e, n, l, table.shape[2], blocks, **_TABLE, **_KERNEL, PRECISION=_PRECISION
+            C, table, K, e, n, l, table.shape[2], blocks, **_LADDER, **_KERNEL, PRECISION=_PRECISION
         )  # fmt: skip
     return K
 
@@ -288,28 +309,27 @@ def moments(f: Tensor, dtA: Tensor, weighted: bool) -> tuple[Tensor, Tensor]:
     n = dtA.shape[1]
     f = rows(f)
     blocks = triton.cdiv(n, _SUMS["BN"])
-    per_split, splits = _split(m * e * blocks, triton.cdiv(l, _TABLE["Q"]), _SUMS["BI"], f)
-    sums = torch.empty(2 if weighted else 1, splits, m, e, n, 2, dtype=torch.float32, device=f.device)
+    per_split, splits = _split(m * e * blocks, triton.cdiv(l, _SUMS_LADDER["Q"]), _SUMS["BI"], f)
+    sums = [torch.empty(splits, m, e, n, 2, dtype=torch.float32, device=f.device) for _ in range(1 + weighted)]
     with device_of(f):
-        table = _table(dtA, l, _SUMS["BI"])
+        table = _table(dtA, l, _SUMS["BI"], **_SUMS_LADDER)
         _moments_kernel[(m * e * splits * blocks,)](
-            f, table, sums, e, n, l, table.shape[2], per_split, splits, m * e, *f.stride()[:2],
-            WEIGHTED=weighted, **_TABLE, **_SUMS, PRECISION=_PRECISION,
+            f, table, sums[0], sums[-1], e, n, l, table.shape[2], per_split, splits, m * e, *f.stride()[:2],
+            WEIGHTED=weighted, **_SUMS_LADDER, **_SUMS, PRECISION=_PRECISION,
         )  # fmt: skip
-    totals = [part.sum(0) for part in sums]
+    totals = [part.sum(0) if splits > 1 else part[0] for part in sums]
     return totals[0], totals[1] if weighted else f.new_empty(0, dtype=torch.float32)
 
 
-def _table(dtA: Tensor, l: int, tile: int) -> Tensor:
-    """The powers (e, 2, rungs, n) for l tokens, in tiles of so many rows."""
+def _table(dtA: Tensor, l: int, tile: int, Q: int, FINE: int) -> Tensor:
+    """The powers (e, 2, rungs, n) for l tokens in rows of Q, taken `tile` at a time."""
     e, n, _ = dtA.shape
-    q, fine = _TABLE["Q"], _TABLE["FINE"]
-    rungs = fine + q // fine + fine + triton.cdiv(l, q * tile) * tile // fine
+    rungs = FINE + Q // FINE + FINE + triton.cdiv(l, Q * tile) * tile // FINE
     table = torch.empty(e, 2, rungs, n, dtype=torch.float32, device=dtA.device)
     BN = block(n)
-    BP = max(1, 1024 // BN)
-    _table_kernel[(e, triton.cdiv(rungs, 4 * BP), triton.cdiv(n, BN))](
-        dtA.contiguous(), table, n, rungs, 4, **_TABLE, BP=BP, BN=BN, num_warps=4
+    BP = max(1, 512 // BN)
+    _table_kernel[(e, triton.cdiv(rungs, BP))](
+        dtA.contiguous(), table, n, rungs, Q=Q, FINE=FINE, BP=BP, BN=BN, num_warps=4
     )
     return table
 
