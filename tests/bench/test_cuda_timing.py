@@ -40,13 +40,24 @@ class Gpu:
 
 def test_the_median_call_between_two_events(monkeypatch):
     machine = Gpu(monkeypatch)
-    call, seen = machine.call(lambda n: 9.0 if n == 1 else 0.5 if n == 7 else 0.01)  # compiling; something else once
+    call, seen = machine.call(lambda n: 9.0 if n == 1 else 0.5 if n == 8 else 0.01)  # compiling; something else once
     run = Flushed(call, at_least=0.1, device=torch.device("cuda"))
     assert run() == pytest.approx(0.01)
-    assert seen == [0, *range(FEWEST), *range(10)]
-    assert machine.wiped == FEWEST + 10
+    assert seen == [0, 0, *range(FEWEST), *range(10)]
+    assert machine.wiped == FEWEST + FEWEST + 10
     assert run() == pytest.approx(0.01)
-    assert len(seen) == 1 + FEWEST + 10 + 10
+    assert len(seen) == 2 + FEWEST + 10 + 10
+
+
+def test_the_cache_is_written_over_for_longer_than_launching_takes(monkeypatch):
+    machine = Gpu(monkeypatch)
+    host = iter([0.0, 2.1])  # seconds before and after the launch; a filling takes 1
+    monkeypatch.setattr(cuda_timing.time, "perf_counter", lambda: next(host))
+    call, seen = machine.call(0.01)
+    run = Flushed(call, at_least=0.1, device=torch.device("cuda"))
+    assert run() == pytest.approx(0.01)
+    assert machine.wiped == FEWEST + 4 * (FEWEST + 10)  # 1.5 times 2.1 seconds
+    assert len(seen) == 2 + FEWEST + 10
 
 
 @pytest.mark.parametrize(("seconds", "calls"), [(1e-9, MOST), (0.05, FEWEST), (0.01, 10)])

@@ -1,6 +1,8 @@
 """Seconds of a call on a GPU, between two events on its stream: the clock of the host would time the launches."""
 
+import math
 import statistics
+import time
 from collections.abc import Callable
 from itertools import pairwise
 
@@ -13,27 +15,44 @@ FEWEST, MOST = 3, 200  # calls of one run
 class Flushed:
     """Median seconds of one call of `call(i)`, the cache filled with something else before each.
 
-    A run has as many calls as fill `at_least` seconds, between FEWEST and MOST; its first call is not counted. They are
-    launched ahead of the GPU, which waits for none of them while writing over its cache takes longer than a launch.
+    A run has as many calls as fill `at_least` seconds, between FEWEST and MOST; its first call is not counted. The host
+    launches ahead: the cache is written over for longer than it takes to launch a call, so that what is timed is the
+    GPU's work and the gaps between its kernels.
     """
 
     def __init__(self, call: Callable[[int], object], at_least: float, device: torch.device):
         self._call, self._at_least, self._device = call, at_least, device
         self._waste = _more_than_the_cache(device)
-        self._calls = 0
+        self._calls, self._fillings = 0, 1
 
     def __call__(self) -> float:
         with torch.cuda.device(self._device):
             if not self._calls:
                 self._call(0)
+                self._fillings = self._needed_fillings()
                 self._calls = _calls_for(self._at_least, self._times(FEWEST))
             return statistics.median(self._times(self._calls))
+
+    def _needed_fillings(self) -> int:
+        """How often the cache is to be written over while the host launches a call."""
+        torch.cuda.synchronize()
+        marks = [_mark()]
+        for i in range(FEWEST):
+            self._waste.fill_(i)
+            marks.append(_mark())
+        started = time.perf_counter()
+        self._call(0)
+        launching = time.perf_counter() - started
+        torch.cuda.synchronize()
+        filling = min(_seconds(*pair) for pair in pairwise(marks))
+        return max(1, math.ceil(1.5 * launching / filling))
 
     def _times(self, calls: int) -> list[float]:
         torch.cuda.synchronize()
         marks = []
         for i in range(calls):
-            self._waste.fill_(i)
+            for _ in range(self._fillings):
+                self._waste.fill_(i)
             started = _mark()
             self._call(i)
             marks.append((started, _mark()))

@@ -111,6 +111,8 @@ class _Bench:
             except LongwaveError as error:
                 self.wrong[name] = str(error)
                 self._say(f"\n{error}")
+            if self._device.type == "cuda":
+                torch.cuda.empty_cache()  # the next case's tensors have other sizes
         if self._device.type == "cuda":
             self._say(f"\n{summary(self.results)}")
         for who, why in self.missing.items():
