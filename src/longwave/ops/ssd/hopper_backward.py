@@ -7,6 +7,8 @@ that was not stored is made from the other chunk of the pair. Four groups of war
 tiles, one takes the pairs of tokens within the chunk and dx, one dB, and one dC and the state of the next head.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -265,12 +267,13 @@ class _Chunk:
     full: gl.shared_memory_descriptor
     ready: gl.shared_memory_descriptor
     weighed: gl.shared_memory_descriptor
+    spent: gl.shared_memory_descriptor
     empty: gl.shared_memory_descriptor
     left: gl.shared_memory_descriptor
     end: gl.shared_memory_descriptor
 
     @gluon.constexpr_function
-    def __init__(self, B, C, u, x, dy, v, states, sizes, decays, begin, full, ready, weighed, empty, left, end):
+    def __init__(self, B, C, u, x, dy, v, states, sizes, decays, begin, full, ready, weighed, spent, empty, left, end):
         self.B = B
         self.C = C
         self.u = u
@@ -284,6 +287,7 @@ class _Chunk:
         self.full = full
         self.ready = ready
         self.weighed = weighed
+        self.spent = spent
         self.empty = empty
         self.left = left
         self.end = end
@@ -324,12 +328,12 @@ def _fetch_chunk(
 
 @gluon.jit
 def _make_state(
-    tiles, decay, document, dots, row, chunk, head, k, chunks, h, end,
+    tiles, decay, document, row, chunk, head, k, chunks, h, end,
     RESET: gl.constexpr, LENGTHS: gl.constexpr, STAGES: gl.constexpr, Q: gl.constexpr, N: gl.constexpr,
     P: gl.constexpr,
 ):  # fmt: skip
     """Complete stage k of the ring: the state between the two chunks of the pair, or its gradient, takes the place of
-    what it is made from. With it comes what reaches the decay of this chunk through the state before."""
+    what it is made from."""
     dtype: gl.constexpr = tiles.x.dtype
     of_state: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     operand: gl.constexpr = gl.DotOperandLayout(0, of_state, 2)
@@ -340,10 +344,7 @@ def _make_state(
     t = gl.arange(0, Q, layout=columns)
     at = (row.to(gl.int64) * h + head) * chunks
     s_end = gl.load(decay + (at + other) * Q + Q - 1, mask=other < chunks, other=0.0)
-    s_here = gl.load(decay + (at + chunk) * Q + Q - 1)
-    here = document
     if RESET:
-        here += (row.to(gl.int64) * chunks + chunk) * Q
         document += (row.to(gl.int64) * chunks + gl.minimum(other, chunks - 1)) * Q
     mbarrier.wait(tiles.full.index(stage), (k // STAGES) & 1)
     v_t = tiles.v.index(stage).reshape([Q, P])
@@ -354,21 +355,19 @@ def _make_state(
         gl.thread_barrier()
     s = tiles.decays.index(2 * stage + 1).reshape([Q]).load(columns)
     size = tiles.sizes.index(2 * stage + 1).reshape([Q]).load(columns)
-    to_end = _to_end(s, s_end, document, t, Q, RESET) * size
-    weight = gl.where(odd == 1, to_end, _to_start(s, document, t, RESET))
+    weight = gl.exp2(gl.where(odd == 1, s_end - s, s)) * gl.where(odd == 1, size, 1.0)
+    if RESET:
+        same = gl.load(document + t) == gl.where(odd == 1, gl.load(document + Q - 1), 0)
+        weight = gl.where(same, weight, 0.0)
     v_k = (v_t.permute((1, 0)).load(operand).to(gl.float32) * weight[None, :]).to(dtype)
     given = tiles.states.index(2 * stage + 1 - odd).reshape([P, N])
-    across = tiles.states.index(2 * stage + odd).reshape([P, N])
     whole = gl.where(other < chunks, _whole(s_end, document, Q, RESET), 1.0)
-    passed = gl.zeros([P], gl.float32, gl.SliceLayout(1, of_state))
     for j in gl.static_range(N // 64):
         u_t = tiles.u.reshape([Q, N]).slice(j * 64, 64, dim=1)
         given_t = given.slice(j * 64, 64, dim=1)
         made = warpgroup_mma(v_k, u_t, given_t.load(of_state).to(gl.float32) * whole, is_async=True)
         made = warpgroup_mma_wait(0, deps=(made,))
-        passed += gl.sum(made * across.slice(j * 64, 64, dim=1).load(of_state).to(gl.float32), 1)
         given_t.store(made.to(dtype))
-    gl.store(dots + at + chunk, gl.sum(passed, 0) * _whole(s_here, here, Q, RESET))
     fence_async_shared()
     gl.thread_barrier()
     mbarrier.arrive(tiles.ready.index(stage), count=1)
@@ -395,73 +394,29 @@ def _finish_rows(
 
 
 @gluon.jit
-def _of_B(
-    tiles, decay, document, dots, dB, row, chunk, group, first, heads, part, chunks, h, g, l, end,
-    RESET: gl.constexpr, LENGTHS: gl.constexpr, PARTS: gl.constexpr, STAGES: gl.constexpr, Q: gl.constexpr,
-    N: gl.constexpr, P: gl.constexpr,
-):  # fmt: skip
-    """The states made here, and dB."""
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
-    operand: gl.constexpr = gl.DotOperandLayout(0, layout, 2)
-    rows: gl.constexpr = gl.SliceLayout(1, operand)
-    t = gl.arange(0, Q, layout=rows)
-    B_t, C_t = tiles.B.reshape([Q, N]), tiles.C.reshape([Q, N])
-    mbarrier.wait(tiles.begin, 0)
-    if LENGTHS:
-        other = chunk + 1 - 2 * (chunk % 2)
-        if gl.maximum(chunk, other) * Q + Q > end:
-            _zero_from(B_t, end - chunk * Q, Q, N)
-            _zero_from(C_t, end - chunk * Q, Q, N)
-            _zero_from(tiles.u.reshape([Q, N]), end - other * Q, Q, N)
-            fence_async_shared()
-            gl.thread_barrier()
-    here = document
-    if RESET:
-        here += (row.to(gl.int64) * chunks + chunk) * Q
-    ends = decay + ((row.to(gl.int64) * h + first) * chunks + chunk) * Q + Q - 1
-    _make_state(tiles, decay, document, dots, row, chunk, first, 0, chunks, h, end, RESET, LENGTHS, STAGES, Q, N, P)
-    total = gl.zeros([Q, N], gl.float32, layout)
-    s_end = gl.load(ends)
-    for k in range(heads):
-        stage = k % STAGES
-        x_t, dstate = tiles.x.index(stage).reshape([Q, P]), tiles.states.index(2 * stage + 1).reshape([P, N])
-        ends += chunks * Q
-        s_next = gl.load(ends, mask=k + 1 < heads, other=0.0)
-        weight = _to_end(tiles.decays.index(2 * stage).reshape([Q]).load(rows), s_end, here, t, Q, RESET)
-        weight *= tiles.sizes.index(2 * stage).reshape([Q]).load(rows)
-        x_k = (x_t.load(operand).to(gl.float32) * weight[:, None]).to(x_t.dtype)
-        total = warpgroup_mma(x_k, dstate, total, is_async=True)
-        s_end = s_next
-        total = warpgroup_mma_wait(0, deps=(total,))
-        gl.thread_barrier()
-        mbarrier.arrive(tiles.empty.index(stage), count=1)
-        if k + 1 < heads:
-            _make_state(
-                tiles, decay, document, dots, row, chunk, first + k + 1, k + 1, chunks, h, end,
-                RESET, LENGTHS, STAGES, Q, N, P,
-            )  # fmt: skip
-    mbarrier.wait(tiles.end, 0)
-    pairs = tiles.v.index(0).reshape([Q, Q])
-    _finish_rows(dB, pairs, C_t, total, row, chunk, group, part, l, g, PARTS, Q, N)
-
-
-@gluon.jit
 def _of_pairs(
-    tiles, document, vectors, of_vector, row, chunk, first, heads, chunks, h,
+    tiles, decay, document, vectors, of_vector, dots, row, chunk, first, heads, chunks, h,
     RESET: gl.constexpr, STAGES: gl.constexpr, Q: gl.constexpr, N: gl.constexpr, P: gl.constexpr,
 ):  # fmt: skip
-    """The pairs of tokens of the chunk: (j, i) is what x_j gives to y_i. Their weights go on to dx."""
+    """The pairs of tokens of the chunk, whose weights go on to dx and dC: (j, i) is what x_j gives to y_i. And what
+    reaches the decay of the whole chunk."""
     dtype: gl.constexpr = tiles.x.dtype
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, Q, 16])
+    wide: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     rows: gl.constexpr = gl.SliceLayout(1, layout)
     columns: gl.constexpr = gl.SliceLayout(0, layout)
     t_j, t_i = gl.arange(0, Q, layout=rows), gl.arange(0, Q, layout=columns)
     B_t, C_t = tiles.B.reshape([Q, N]), tiles.C.reshape([Q, N])
     seen = t_j[:, None] <= t_i[None, :]
+    here = document
     if RESET:
-        here = document + (row.to(gl.int64) * chunks + chunk) * Q
+        here += (row.to(gl.int64) * chunks + chunk) * Q
         seen = seen & (gl.load(here + t_j)[:, None] == gl.load(here + t_i)[None, :])
-    vectors += ((row.to(gl.int64) * h + first) * chunks + chunk) * Q
+    at = (row.to(gl.int64) * h + first) * chunks + chunk
+    vectors += at * Q + of_vector
+    dots += at
+    decay += at * Q + Q - 1
+    s_end = gl.load(decay)
     zeros = gl.zeros([Q, Q], gl.float32, layout)
     mbarrier.wait(tiles.ready.index(0), 0)
     BC = warpgroup_mma(B_t, C_t.permute((1, 0)), zeros, use_acc=False, is_async=True)
@@ -470,6 +425,10 @@ def _of_pairs(
     for k in range(heads):
         stage = k % STAGES
         x_t, dy_t = tiles.x.index(stage).reshape([Q, P]), tiles.dy.index(stage).reshape([Q, P])
+        state = tiles.states.index(2 * stage).reshape([P, N])
+        dstate = tiles.states.index(2 * stage + 1).reshape([P, N])
+        decay += chunks * Q
+        s_next = gl.load(decay, mask=k + 1 < heads, other=0.0)
         mbarrier.wait(tiles.ready.index(stage), (k // STAGES) & 1)
         pairs = warpgroup_mma(x_t, dy_t.permute((1, 0)), zeros, use_acc=False, is_async=True)
         s, size = tiles.decays.index(2 * stage).reshape([Q]), tiles.sizes.index(2 * stage).reshape([Q]).load(rows)
@@ -484,11 +443,17 @@ def _of_pairs(
         fence_async_shared()
         gl.thread_barrier()
         mbarrier.arrive(tiles.weighed.index(stage), count=1)
-        mbarrier.arrive(tiles.empty.index(stage), count=1)
-        pairs *= weights
-        gl.store(vectors + of_vector + t_i, gl.sum(pairs, 0))
-        gl.store(vectors + 2 * of_vector + t_j, gl.sum(pairs, 1) * (1.0 / positive))
+        gl.store(vectors + t_j, gl.sum(pairs * weights, 1) * (1.0 / positive))
         vectors += chunks * Q
+        passed = gl.zeros([P, 64], gl.float32, wide)
+        for j in gl.static_range(N // 64):
+            after = dstate.slice(j * 64, 64, dim=1).load(wide).to(gl.float32)
+            passed += state.slice(j * 64, 64, dim=1).load(wide).to(gl.float32) * after
+        gl.store(dots, gl.sum(gl.sum(passed, 1), 0) * _whole(s_end, here, Q, RESET))
+        dots += chunks
+        s_end = s_next
+        gl.thread_barrier()
+        mbarrier.arrive(tiles.empty.index(stage), count=1)
     mbarrier.wait(tiles.left, 0)
     tiles.v.index(0).reshape([Q, Q]).store(of_BC.to(dtype))
     fence_async_shared()
@@ -497,13 +462,13 @@ def _of_pairs(
 
 
 @gluon.jit
-def _of_C_and_x(
-    tiles, dx, D, dD, decay, document, vectors, of_vector, dC, row, chunk, group, first, heads, part, chunks, h, g, l,
+def _of_B_and_x(
+    tiles, dx, D, dD, decay, document, vectors, of_vector, dB, row, chunk, group, first, heads, part, chunks, h, g, l,
     stride_Dh, stride_Dp,
     SKIP: gl.constexpr, RESET: gl.constexpr, PARTS: gl.constexpr, STAGES: gl.constexpr, Q: gl.constexpr,
     N: gl.constexpr, P: gl.constexpr,
 ):  # fmt: skip
-    """dC and dx."""
+    """dB and dx."""
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
     of_x: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, P, 16])
     operand: gl.constexpr = gl.DotOperandLayout(0, layout, 2)
@@ -514,7 +479,7 @@ def _of_C_and_x(
     if RESET:
         here += (row.to(gl.int64) * chunks + chunk) * Q
     at = ((row.to(gl.int64) * h + first) * chunks + chunk) * Q
-    vectors += at
+    vectors += at + 2 * of_vector
     decay += at + Q - 1
     if SKIP == 2:
         dD += ((row.to(gl.int64) * chunks + chunk) * h + first) * P
@@ -524,7 +489,6 @@ def _of_C_and_x(
     for k in range(heads):
         stage = k % STAGES
         x_t, dy_t = tiles.x.index(stage).reshape([Q, P]), tiles.dy.index(stage).reshape([Q, P])
-        state = tiles.states.index(2 * stage).reshape([P, N])
         dstate = tiles.states.index(2 * stage + 1).reshape([P, N])
         decay += chunks * Q
         s_next = gl.load(decay, mask=k + 1 < heads, other=0.0)
@@ -532,22 +496,26 @@ def _of_C_and_x(
         if SKIP == 1:
             skip = gl.load(D + (first + k) * stride_Dh).to(gl.float32)
         mbarrier.wait(tiles.ready.index(stage), (k // STAGES) & 1)
-        given = warpgroup_mma(C_t, state.permute((1, 0)), zeros, use_acc=False, is_async=True)
-        s, size = tiles.decays.index(2 * stage).reshape([Q]).load(rows), tiles.sizes.index(2 * stage).reshape([Q])
-        dy_k = dy_t.load(of_x).to(gl.float32) * _to_start(s, here, t, RESET)[:, None]
-        total = warpgroup_mma(gl.convert_layout(dy_k.to(dy_t.dtype), operand), state, total, is_async=True)
-        given = warpgroup_mma_wait(1, deps=(given,))
-        gl.store(vectors + t, gl.sum(given * dy_k, 1))
         through = warpgroup_mma(B_t, dstate.permute((1, 0)), zeros, use_acc=False, is_async=True)
+        weight = _to_end(tiles.decays.index(2 * stage).reshape([Q]).load(rows), s_end, here, t, Q, RESET)
+        sized = weight * tiles.sizes.index(2 * stage).reshape([Q]).load(rows)
+        x_w = gl.convert_layout((x_t.load(of_x).to(gl.float32) * sized[:, None]).to(x_t.dtype), operand)
+        total = warpgroup_mma(x_w, dstate, total, is_async=True)
+        through = warpgroup_mma_wait(1, deps=(through,))
+        gl.store(vectors + t, gl.sum(x_t.load(of_x).to(gl.float32) * through, 1) * weight)
+        through *= sized[:, None]
+        s_end = s_next
         tma.store_wait(0)
+        total = warpgroup_mma_wait(0, deps=(total,))
         gl.thread_barrier()
         mbarrier.arrive(tiles.empty.index((k + STAGES - 1) % STAGES), count=1, pred=k > 0)
-        weight = _to_end(s, s_end, here, t, Q, RESET)
+        mbarrier.wait(tiles.weighed.index(stage), (k // STAGES) & 1)
+        dx_t = tiles.v.index(stage)
+        out = warpgroup_mma(dx_t.reshape([Q, Q]), dy_t, zeros, use_acc=False, is_async=True)
+        out = warpgroup_mma_wait(0, deps=(out,))
         x_k = x_t.load(of_x).to(gl.float32)
-        total, through = warpgroup_mma_wait(0, deps=(total, through))
-        gl.store(vectors + 3 * of_vector + t, gl.sum(x_k * through, 1) * weight)
-        out = through * (weight * size.load(rows))[:, None]
-        s_end = s_next
+        gl.store(vectors + of_vector + t, gl.sum(x_k * out, 1))
+        out += through
         if SKIP:
             dy_k = dy_t.load(of_x).to(gl.float32)
             if SKIP == 2:
@@ -555,13 +523,10 @@ def _of_C_and_x(
                 gl.store(dD + p, gl.sum(x_k * dy_k, 0))
                 dD += P
             else:
-                gl.store(vectors + 4 * of_vector + t, gl.sum(x_k * dy_k, 1))
+                gl.store(vectors + 2 * of_vector + t, gl.sum(x_k * dy_k, 1))
             out += dy_k * skip
         vectors += chunks * Q
-        mbarrier.wait(tiles.weighed.index(stage), (k // STAGES) & 1)
-        dx_t = tiles.v.index(stage)
-        out = warpgroup_mma(dx_t.reshape([Q, Q]), dy_t, out, is_async=True)
-        out = warpgroup_mma_wait(0, deps=(out,))
+        mbarrier.wait(tiles.spent.index(stage), (k // STAGES) & 1)
         dx_t.reshape([Q, P]).store(out.to(dy_t.dtype))
         fence_async_shared()
         gl.thread_barrier()
@@ -569,6 +534,63 @@ def _of_C_and_x(
     tma.store_wait(0)
     gl.thread_barrier()
     mbarrier.arrive(tiles.left, count=1)
+    mbarrier.wait(tiles.end, 0)
+    _finish_rows(dB, tiles.v.index(0).reshape([Q, Q]), C_t, total, row, chunk, group, part, l, g, PARTS, Q, N)
+
+
+@gluon.jit
+def _of_C(
+    tiles, decay, document, vectors, dC, row, chunk, group, first, heads, part, chunks, h, g, l, end,
+    RESET: gl.constexpr, LENGTHS: gl.constexpr, PARTS: gl.constexpr, STAGES: gl.constexpr, Q: gl.constexpr,
+    N: gl.constexpr, P: gl.constexpr,
+):  # fmt: skip
+    """dC, and dy y for the gradients of decays. And the states that are made here."""
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
+    of_y: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, P, 16])
+    operand: gl.constexpr = gl.DotOperandLayout(0, layout, 2)
+    rows: gl.constexpr = gl.SliceLayout(1, of_y)
+    t = gl.arange(0, Q, layout=rows)
+    B_t, C_t = tiles.B.reshape([Q, N]), tiles.C.reshape([Q, N])
+    here = document
+    if RESET:
+        here += (row.to(gl.int64) * chunks + chunk) * Q
+    at = (row.to(gl.int64) * h + first) * chunks + chunk
+    vectors += at * Q
+    zeros = gl.zeros([Q, P], gl.float32, of_y)
+    total = gl.zeros([Q, N], gl.float32, layout)
+    mbarrier.wait(tiles.begin, 0)
+    if LENGTHS:
+        other = chunk + 1 - 2 * (chunk % 2)
+        if gl.maximum(chunk, other) * Q + Q > end:
+            _zero_from(B_t, end - chunk * Q, Q, N)
+            _zero_from(C_t, end - chunk * Q, Q, N)
+            _zero_from(tiles.u.reshape([Q, N]), end - other * Q, Q, N)
+            fence_async_shared()
+            gl.thread_barrier()
+    _make_state(tiles, decay, document, row, chunk, first, 0, chunks, h, end, RESET, LENGTHS, STAGES, Q, N, P)
+    for k in range(heads):
+        stage = k % STAGES
+        x_t, dy_t = tiles.x.index(stage).reshape([Q, P]), tiles.dy.index(stage).reshape([Q, P])
+        state = tiles.states.index(2 * stage).reshape([P, N])
+        if k + 1 < heads:
+            _make_state(
+                tiles, decay, document, row, chunk, first + k + 1, k + 1, chunks, h, end,
+                RESET, LENGTHS, STAGES, Q, N, P,
+            )  # fmt: skip
+        y = warpgroup_mma(C_t, state.permute((1, 0)), zeros, use_acc=False, is_async=True)
+        weight = _to_start(tiles.decays.index(2 * stage).reshape([Q]).load(rows), here, t, RESET)
+        dy_w = gl.convert_layout((dy_t.load(of_y).to(gl.float32) * weight[:, None]).to(dy_t.dtype), operand)
+        total = warpgroup_mma(dy_w, state, total, is_async=True)
+        y = warpgroup_mma_wait(1, deps=(y,))
+        mbarrier.wait(tiles.weighed.index(stage), (k // STAGES) & 1)
+        weights = tiles.v.index(stage).reshape([Q, Q])
+        y = warpgroup_mma(weights.permute((1, 0)), x_t, y * weight[:, None], is_async=True)
+        total, y = warpgroup_mma_wait(0, deps=(total, y))
+        gl.store(vectors + t, gl.sum(dy_t.load(of_y).to(gl.float32) * y, 1))
+        gl.thread_barrier()
+        mbarrier.arrive(tiles.spent.index(stage), count=1)
+        mbarrier.arrive(tiles.empty.index(stage), count=1)
+        vectors += chunks * Q
     mbarrier.wait(tiles.end, 0)
     pairs = tiles.v.index(0).reshape([Q, Q]).permute((1, 0))
     _finish_rows(dC, pairs, B_t, total, row, chunk, group, part, l, g, PARTS, Q, N)
@@ -581,8 +603,8 @@ def _chunks_kernel(
     SKIP: gl.constexpr, RESET: gl.constexpr, LENGTHS: gl.constexpr, PARTS: gl.constexpr, STAGES: gl.constexpr,
     Q: gl.constexpr, N: gl.constexpr, P: gl.constexpr,
 ):  # fmt: skip
-    """`vectors` (5, b h, chunks q) takes of every token its part in the gradients of decays and sizes: from the state
-    before the chunk, from the pairs as i and as j, through the state after the chunk; and x dy.
+    """`vectors` (5, b h, chunks q) takes of every token its parts in the gradients of decays and sizes: dy y, of its
+    size from the pairs and through the state after the chunk, x dx from the pairs; and x dy.
     """
     part = gl.program_id(0)
     split, group = part % splits, part // splits % g
@@ -607,6 +629,7 @@ def _chunks_kernel(
         gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout()),
         gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout()),
         gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout()),
+        gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout()),
         gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout()),
         gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout()),
     )
@@ -617,24 +640,25 @@ def _chunks_kernel(
         mbarrier.init(tiles.full.index(k), count=1)
         mbarrier.init(tiles.ready.index(k), count=1)
         mbarrier.init(tiles.weighed.index(k), count=1)
+        mbarrier.init(tiles.spent.index(k), count=1)
         mbarrier.init(tiles.empty.index(k), count=3)
     fence_async_shared()
     gl.thread_barrier()
     of_vector = gl.num_programs(0).to(gl.int64) // (splits * g) * h * Q  # b h chunks q
     gl.warp_specialize(
         [
-            (_of_pairs, (tiles, document, vectors, of_vector, row, chunk, first, h_per_program, chunks, h,
+            (_of_pairs, (tiles, decay, document, vectors, of_vector, dots, row, chunk, first, h_per_program, chunks, h,
                          RESET, STAGES, Q, N, P)),
-            (_of_B, (tiles, decay, document, dots, dB, row, chunk, group, first, h_per_program, part, chunks, h, g, l,
-                     end, RESET, LENGTHS, PARTS, STAGES, Q, N, P)),
-            (_of_C_and_x, (tiles, dx, D, dD, decay, document, vectors, of_vector, dC, row, chunk, group, first,
+            (_of_B_and_x, (tiles, dx, D, dD, decay, document, vectors, of_vector, dB, row, chunk, group, first,
                            h_per_program, part, chunks, h, g, l, stride_Dh, stride_Dp, SKIP, RESET, PARTS, STAGES,
                            Q, N, P)),
+            (_of_C, (tiles, decay, document, vectors, dC, row, chunk, group, first, h_per_program, part, chunks, h, g,
+                     l, end, RESET, LENGTHS, PARTS, STAGES, Q, N, P)),
             (_fetch_chunk, (tiles, x, dy, B, C, states, sizes, decays, row, chunk, group, first, h_per_program, chunks,
                             h, STAGES, Q, P)),
         ],
         [4, 4, 1],
-        [152, 168, 24],
+        [168, 152, 24],
     )  # fmt: skip
 
 
@@ -665,11 +689,10 @@ def _sizes_backward_kernel(
         raw += tl.load(dt_bias + head, mask=in_h, other=0.0).to(tl.float32)[None, :]
     step = tl.load(sizes + at, mask=in_h[None, :], other=0.0)
     ds = tl.load(vectors + at, mask=in_h[None, :], other=0.0)
-    ds += tl.load(vectors + of_vector + at, mask=in_h[None, :], other=0.0)
-    dsize = tl.load(vectors + 2 * of_vector + at, mask=in_h[None, :], other=0.0)
-    ds = tl.cumsum(ds - dsize * step, 0, reverse=True)
-    arrived = tl.load(vectors + 3 * of_vector + at, mask=in_h[None, :], other=0.0)
-    dsize += arrived
+    ds -= tl.load(vectors + 3 * of_vector + at, mask=in_h[None, :], other=0.0)
+    ds = tl.cumsum(ds, 0, reverse=True)
+    arrived = tl.load(vectors + 2 * of_vector + at, mask=in_h[None, :], other=0.0)
+    dsize = tl.load(vectors + of_vector + at, mask=in_h[None, :], other=0.0) + arrived
     arrived *= step
     ds += tl.cumsum(arrived, 0) - arrived
     ds += tl.load(dots + (row * h + head) * chunks + chunk, mask=in_h, other=0.0)[None, :]
@@ -694,25 +717,20 @@ def backward(dy, dfinal, x, dt, A, B, C, D, dt_bias, initial_state, reset, lengt
         )
     flat_x, flat_dy = _for_tma(x.flatten(2)), _for_tma(dy.to(x.dtype).flatten(2))
     B, C = _for_tma(B), _for_tma(C)
-    dtype = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}[x.dtype]
-
-    def tiles(t: Tensor, *block: int) -> TensorDescriptor:
-        return TensorDescriptor.from_tensor(t, list(block), gl.NVMMASharedLayout.get_default_for(list(block), dtype))
-
-    def tokens(t: Tensor) -> TensorDescriptor:
-        return TensorDescriptor.from_tensor(t.flatten(0, 1), [1, _Q], gl.NVMMASharedLayout(0, 32, 2))
-
     with device_of(x):
         plan = portable._Plan(x, dt, A, B, D, dt_bias, reset, lengths, dt_softplus, low, high, _Q)
         sizes, decay, document = plan.decays
         chunks, processors = plan.chunks, processors_of(x)
-        sequences = tiles(flat_x, 1, _Q, p), tiles(flat_dy, 1, _Q, p), tiles(B, 1, _Q, 1, n), tiles(C, 1, _Q, 1, n)
         states = torch.empty(2 * b * -(-chunks // 2) * h, p, n, dtype=x.dtype, device=x.device)
+        tiles = (
+            *(_tiles(t, 1, _Q, p) for t in (flat_x, flat_dy)), *(_tiles(t, 1, _Q, 1, n) for t in (B, C)),
+            *(_tiles(t.flatten(0, 1), 1, _Q) for t in (sizes, decay)), _tiles(states, 1, p, n),
+        )  # fmt: skip
         begin, dinitial = portable._contiguous(initial_state), None if initial_state is None else plan.state()
         heads = 2 if h // g % 2 == 0 and b * h > processors else 1
         flags = {"RESET": reset is not None, "LENGTHS": lengths is not None, "Q": _Q, "N": n, "P": p}
         _states_kernel[(2 * b * h // heads,)](
-            *sequences, tokens(sizes), tokens(decay), tiles(states, 1, p, n), decay, document, begin,
+            *tiles, decay, document, begin,
             portable._contiguous(dfinal), dinitial, lengths, l, chunks, h, h // g,
             INITIAL=begin is not None, HEADS=heads, STAGES=3, **flags, num_warps=4,
         )  # fmt: skip
@@ -728,7 +746,7 @@ def backward(dy, dfinal, x, dt, A, B, C, D, dt_bias, initial_state, reset, lengt
         dA, dbias = (plan.empty(b * chunks, h) for _ in range(2))
         dD = plan.empty(b * chunks, *D.shape) if D is not None else None
         _chunks_kernel[(b * chunks * g * splits,)](
-            *sequences, tokens(sizes), tokens(decay), tiles(states, 1, p, n), tiles(dx.flatten(2), 1, _Q, p), D,
+            *tiles, _tiles(dx.flatten(2), 1, _Q, p), D,
             decay, document, lengths, dB, dC, vectors, dD, dots,
             l, chunks, h, g, h // g // splits, splits, *plan.D_strides,
             SKIP=skip, PARTS=splits > 1, STAGES=3, **flags, num_warps=4,
@@ -748,6 +766,19 @@ def backward(dy, dfinal, x, dt, A, B, C, D, dt_bias, initial_state, reset, lengt
     grads = ((dx, x), (ddt, dt), (dA.sum(0), A), (dB, B), (dC, C), (dD, D), (dbias.sum(0), dt_bias))
     given = tuple(x.new_empty(0) if t is None else grad.to(t.dtype) for grad, t in grads)
     return *given, x.new_empty(0) if initial_state is None else dinitial.to(initial_state.dtype)
+
+
+def _tiles(t: Tensor, *block: int) -> TensorDescriptor:
+    return TensorDescriptor.from_tensor(t, list(block), _layout(block, t.dtype))
+
+
+@functools.cache
+def _layout(block: tuple[int, ...], dtype: torch.dtype) -> gl.NVMMASharedLayout:
+    if dtype == torch.float32:
+        return gl.NVMMASharedLayout(0, 32, len(block))
+    return gl.NVMMASharedLayout.get_default_for(
+        list(block), {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}[dtype]
+    )
 
 
 def _for_tma(t: Tensor) -> Tensor:
