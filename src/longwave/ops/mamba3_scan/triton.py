@@ -649,13 +649,14 @@ def step(angle, ssm, k, v, x, dt, A, B, C, trap, angles, B_bias, C_bias, D, mimo
     state = (angle.contiguous(), memory, k.contiguous(), v.contiguous())
     y = torch.empty(b, r, h, p, dtype=torch.float32, device=x.device)
     BN = block(n)
+    BP = max(1, min(block(p), 8192 // BN))
     parameters = (None if t is None else t.contiguous() for t in (B_bias, C_bias, D, mimo_x))
     with device_of(x):
         _step_kernel[(b * h,)](
             *state, x, dt, A, B, C, trap, angles, *parameters, y, h, h // g,
             *memory.stride()[:3], *x.stride()[:2], *dt.stride(), *A.stride(), *trap.stride(),
             *B.stride()[:3], *C.stride()[:3], angles.stride(0),
-            HALVES=halves, R=r, N=n, S=angle.shape[2], P=p, BN=BN, BP=max(1, min(block(p), 2048 // BN)), num_warps=4,
+            HALVES=halves, R=r, N=n, S=angle.shape[2], P=p, BN=BN, BP=BP, num_warps=max(1, BP * BN // 1024),
         )  # fmt: skip
     for old, new in zip((angle, ssm, k, v), state, strict=True):
         if old is not new:
@@ -694,10 +695,9 @@ class _Plan:
         }  # fmt: skip
         # Of float32 numbers a difference would lose digits that float32 inputs are owed.
         kind = torch.float32 if narrow else torch.float64
-        gamma, weight, decay = (
-            torch.empty(b, h, self.chunks * tokens, dtype=t, device=x.device)
-            for t in (torch.float32, torch.float32, kind)
-        )
+        self.vectors = self.empty(3, b, h, self.chunks * tokens)
+        gamma, weight, decay = self.vectors
+        decay = torch.empty_like(decay, dtype=kind) if kind != decay.dtype else decay
         document = None if reset is None else torch.empty(b, self.chunks * tokens, dtype=torch.int32, device=x.device)
         reset_strides = (0, 0) if reset is None else reset.stride()
         BH = min(block(h, 1), 32)
