@@ -136,6 +136,7 @@ _forward = define(
     fake=_fake_forward,
     cpu="longwave.ops.selective_scan.cpu:forward",
     cuda="longwave.ops.selective_scan.triton:forward",
+    hopper="longwave.ops.selective_scan.hopper:forward",
 )
 _backward = define(
     # The gradients of x to initial_state; empty where there was none.
