@@ -619,7 +619,6 @@ def backward(
             dphases.stride(0), crossed.stride(0), EXACT=x.element_size() == 4, **plan.flags, num_warps=_WARPS,
             num_stages=1,
         )  # fmt: skip
-
         turned, dfirst_angle = plan.turned(entry, dentry, final, dssm, plan.last_k(k), dk, dangle)
         splits = splits_of(h, b * chunks, plan.wanted)
         dangles = plan.empty(b, l, splits, s)
@@ -634,11 +633,9 @@ def backward(
     dB_bias, dC_bias, dD, dmimo = (None if t is None else t.sum(0) for t in (dB_bias, dC_bias, dD, dmimo))
     dmimo = None if dmimo is None else dmimo + dmimo_entry
     tensors = (x, dt, A, B, C, trap, angles, B_bias, C_bias, D, mimo_x, angle, ssm, k, v)
-    results = (
-        dx, ddt, dA, dB.sum(4), dC.sum(4), dtrap, dangles.sum(2), dB_bias, dC_bias, dD, dmimo, dfirst_angle, dentry,
-        dk, dv,
-    )  # fmt: skip
-    grads = (x.new_empty(0) if t is None else grad.to(t.dtype) for grad, t in zip(results, tensors, strict=True))
+    sums = (dB.sum(4), dC.sum(4), dtrap, dangles.sum(2), dB_bias, dC_bias, dD, dmimo)
+    found = zip((dx, ddt, dA, *sums, dfirst_angle, dentry, dk, dv), tensors, strict=True)
+    grads = (x.new_empty(0) if t is None else grad.to(t.dtype) for grad, t in found)
     return *grads, dz
 
 
@@ -682,9 +679,8 @@ class _Plan:
         tokens = (64 if narrow else 32) // ranks
         tokens = max(1, 16 // ranks, min(tokens, block(chunk_len or tokens, 1)))
         self.chunks = triton.cdiv(l, tokens)
-        processors = processors_of(x)
-        self.wanted = 4 * processors
-        segments = segments_of(b * h, 2 * processors, self.chunks, _SEGMENT_CHUNKS, pays=_SEGMENTS)
+        self.wanted = 4 * processors_of(x)
+        segments = segments_of(b * h, self.wanted // 2, self.chunks, _SEGMENT_CHUNKS, pays=_SEGMENTS)
         self.per_segment = triton.cdiv(self.chunks, segments)
         self.segments = triton.cdiv(self.chunks, self.per_segment)
         given = {"RESET": reset is not None, "LENGTHS": lengths is not None}
