@@ -18,12 +18,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from longwave.ops.gluon_math import exp2, silu, widen
+from longwave.ops.gluon_tiles import for_tma, matrix, tiles, zero_from
 from longwave.ops.mamba3_scan import triton as portable
 from longwave.ops.triton_math import LOG2E, block, device_of, processors_of
-from longwave.ops.triton_rotation import FIXED, TURNS, fraction, rotated_row, turns_kernel
+from longwave.ops.triton_rotation import rotated_row, turns_kernel
 from longwave.ops.triton_segments import segments_of
 
 _Q = 64  # tokens of a chunk, channels of a head that a program takes, and of a panel of B and C
@@ -83,43 +83,58 @@ def _vectors_kernel(
         tl.store(early + bh, tl.sum(tl.where((each == 0)[:, None], own_early, 0.0), 0), mask=head < h)
 
 
-@triton.jit
+@gluon.jit
+def _within(value, number, later, later_number):
+    """Of a sum that starts anew where the number of the document changes."""
+    return later + gl.where(number == later_number, value, 0.0), later_number
+
+
+@gluon.jit
+def _sum(value, later):
+    return value + later
+
+
+@gluon.jit
 def _phases_kernel(
     dt, angles, document, lengths, phases, turns, l, chunks, h, s,
     stride_tb, stride_tl, stride_th, stride_ab, stride_al,
-    RESET: tl.constexpr, LENGTHS: tl.constexpr, T: tl.constexpr, BS: tl.constexpr, BH: tl.constexpr,
+    RESET: gl.constexpr, LENGTHS: gl.constexpr, T: gl.constexpr, BS: gl.constexpr, BH: gl.constexpr,
 ):  # fmt: skip
     """Turns since the chunk's or the document's start (b, h, chunks T, s), and at the chunk's end (b, h, chunks, s).
 
-    The sums over tokens are products with ones below the diagonal: 11 and 11 bits of each fraction of a turn, so that
-    the float16 product is exact.
+    A warp takes a chunk, a thread one angle of all its tokens.
     """
-    blocks = tl.cdiv(h, BH)
-    i, first = tl.program_id(0) // blocks, (tl.program_id(0) % blocks) * BH
-    row, chunk = (i // chunks).to(tl.int64), i % chunks
-    t, j = tl.arange(0, T), tl.arange(0, BS)
-    token, in_s = chunk * T + t, (j < s)[None, :]
-    end = tl.load(lengths + row).to(tl.int32) if LENGTHS else l
-    real, place = token < end, token.to(tl.int64)
-    rate = tl.load(
-        angles + row * stride_ab + place[:, None] * stride_al + j[None, :], mask=real[:, None] & in_s, other=0.0
-    )
-    rate = rate.to(tl.float32) * TURNS
-    until = t[:, None] >= t[None, :]
+    layout: gl.constexpr = gl.BlockedLayout([T, 1], [1, BS], [1, 1], [1, 0])
+    program = gl.program_id(0).to(gl.int64)
+    angle_blocks, head_blocks = (s + BS - 1) // BS, (h + BH - 1) // BH
+    first = (program // angle_blocks % head_blocks * BH).to(gl.int32)
+    chunk, row = program // (angle_blocks * head_blocks) % chunks, program // (angle_blocks * head_blocks * chunks)
+    t = gl.arange(0, T, layout=gl.SliceLayout(1, layout))
+    j = (program % angle_blocks).to(gl.int32) * BS + gl.arange(0, BS, layout=gl.SliceLayout(0, layout))
+    end = l
+    if LENGTHS:
+        end = gl.load(lengths + row).to(gl.int32)
+    real, in_s = chunk.to(gl.int32) * T + t < end, (j < s)[None, :]
+    angles += row * stride_ab + chunk * T * stride_al
+    rate = gl.load(angles + (t[:, None] * stride_al + j[None, :]), mask=real[:, None] & in_s, other=0.0)
+    rate = rate.to(gl.float32) * 0.15915494309189535
     if RESET:
-        number = tl.load(document + row * (chunks * T) + token)
-        until = until & (number[:, None] == number[None, :])
-    until = until.to(tl.float16)
-    for head in range(first, tl.minimum(first + BH, h)):
-        size = tl.load(dt + row * stride_tb + place * stride_tl + head * stride_th, mask=real, other=0.0)
-        value = fraction(rate * size.to(tl.float32)[:, None])
-        high = tl.floor(value * 1024.0 + 0.5)
-        low = value * 1024.0 - high
-        value = fraction((tl.dot(until, high.to(tl.float16)) + tl.dot(until, low.to(tl.float16))) * (1 / 1024))
-        at = (row * h + head) * chunks + chunk
-        tl.store(turns + at * s + j, tl.sum(tl.where(t[:, None] == T - 1, value, 0.0), 0), mask=j < s)
-        fixed = tl.floor(value * FIXED + 0.5).to(tl.int32).to(tl.int16)
-        tl.store(phases + at * T * s + t[:, None] * s + j[None, :], fixed, mask=in_s)
+        number = gl.load(document + (row * chunks + chunk) * T + t)
+        number = number[:, None] + gl.zeros([T, BS], gl.int32, layout)
+    dt += row * stride_tb + chunk * T * stride_tl
+    for head in range(first, gl.minimum(first + BH, h)):
+        size = gl.load(dt + (t * stride_tl + head * stride_th), mask=real, other=0.0).to(gl.float32)
+        value = rate * size[:, None]
+        value -= (value + 12582912.0) - 12582912.0  # to whole turns: 2^23 + 2^22 has no fraction
+        if RESET:
+            value, _number = gl.associative_scan((value, number), 0, _within)
+        else:
+            value = gl.associative_scan(value, 0, _sum)
+        at = ((row * h + head) * chunks + chunk) * s
+        fixed = (value + 192.0).to(gl.int32, bitcast=True).to(gl.int16)  # 2^7 + 2^6 counts in 2^-16
+        gl.store(phases + at * T + (t[:, None] * s + j[None, :]), fixed, mask=in_s)
+        last = gl.sum(gl.where((t == T - 1)[:, None], value, 0.0), 0)
+        gl.store(turns + at + j, last - ((last + 12582912.0) - 12582912.0), mask=j < s)
 
 
 @triton.jit
@@ -147,15 +162,6 @@ def _last_kernel(
         value = tl.load(v + bh * P + i_p, mask=i_p < P).to(x.dtype.element_ty)
     tl.store(last_angle + bh * S + i_s, turned, mask=i_s < S)
     tl.store(last_v + bh * P + i_p, value, mask=i_p < P)
-
-
-@gluon.jit
-def _zero_from(tile, count, ROWS: gl.constexpr, COLUMNS: gl.constexpr):
-    """Zero the rows of a tile in shared memory from `count` on."""
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    t = gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
-    value = tile.load(layout)
-    tile.store(gl.where((t < count)[:, None], value, gl.zeros([ROWS, COLUMNS], value.dtype, layout)))
 
 
 @gluon.jit
@@ -327,8 +333,8 @@ def _forward_kernel(
         mbarrier.wait(bars.index(stage), (step // 2) & 1)
         if LENGTHS:
             if chunk * Q + Q > end:
-                _zero_from(x_t, end - chunk * Q, Q, Q)
-                _zero_from(B_t, end - chunk * Q, Q, N)
+                zero_from(x_t, end - chunk * Q, Q, Q)
+                zero_from(B_t, end - chunk * Q, Q, N)
                 gl.thread_barrier()
         if OUTPUT:
             mbarrier.wait(C_bar, step & 1)
@@ -458,7 +464,7 @@ def forward(
     b, l, h, p = x.shape
     g, n = B.shape[3:]
     s, chunks = angles.shape[-1], triton.cdiv(l, _Q)
-    x, B, C, z = (None if t is None else _for_tma(t) for t in (x, B[:, :, 0], C[:, :, 0], z))
+    x, B, C, z = (None if t is None else for_tma(t) for t in (x, B[:, :, 0], C[:, :, 0], z))
     B_bias, C_bias, D = (None if t is None else t.contiguous() for t in (B_bias, C_bias, D))
     angle, ssm, k, v = angle.float().contiguous(), ssm.float().contiguous(), k.contiguous(), v.contiguous()
     angles = angles if angles.stride(-1) == 1 else angles.contiguous()
@@ -478,9 +484,9 @@ def forward(
         )  # fmt: skip
         phases, turns = empty(b * h * chunks * _Q, s, dtype=torch.int16), empty(b, h, chunks, s)
         bases, BS = empty(b, h, chunks + 1, s), block(s)
-        _phases_kernel[(b * chunks * triton.cdiv(h, _HEADS),)](
+        _phases_kernel[(b * chunks * triton.cdiv(h, _HEADS) * triton.cdiv(s, 32),)](
             dt, angles, document, lengths, phases, turns, l, chunks, h, s, *dt.stride(), *angles.stride()[:2],
-            **given, T=_Q, BS=BS, BH=_HEADS, num_warps=4,
+            **given, T=_Q, BS=32, BH=_HEADS, num_warps=1,
         )  # fmt: skip
         turns_kernel[(b * h,)](
             turns, document, angle, bases, chunks, h, s,
@@ -495,9 +501,9 @@ def forward(
         ends, totals = (empty(b, h, segments, p, n), empty(b, h, segments)) if segments > 1 else (None, None)
         for output in (False, True) if segments > 1 else (True,):
             _forward_kernel[(b * h * segments * blocks,)](
-                _tiles(x, _Q), _tiles(B, n), _tiles(C, n), None if z is None else _tiles(z, _Q),
-                _tiles(y[:, :, 0], _Q), _tiles(raw[:, :, 0], _Q) if keep else None,
-                _matrix(vectors, [1, 4 * _Q]), _matrix(phases, [_Q, 32 * triton.cdiv(s, 32)]),
+                tiles(x, _Q, _Q), tiles(B, _Q, n), tiles(C, _Q, n), None if z is None else tiles(z, _Q, _Q),
+                tiles(y[:, :, 0], _Q, _Q), tiles(raw[:, :, 0], _Q, _Q) if keep else None,
+                matrix(vectors, 1, 4 * _Q), matrix(phases, _Q, 32 * triton.cdiv(s, 32)),
                 decays, bases, B_bias, C_bias, D, document, ssm, early, k, v, ends, totals, final, lengths,
                 l, chunks, h, h // g, per_segment, segments,
                 OUTPUT=output, **given, Q=_Q, N=n, P=p, S=s, num_warps=4,
@@ -523,20 +529,3 @@ def _serves(x, B, C, z, angles, mimo_x, halves: bool, finish: bool) -> bool:
     one_rank = B.shape[2] == 1 and mimo_x is None and finish and not halves
     sizes = x.shape[-1] % _Q == 0 and B.shape[-1] in (64, 128) and angles.shape[-1] % 8 == 0
     return x.element_size() == 2 and alike and one_rank and sizes
-
-
-def _for_tma(t: Tensor) -> Tensor:
-    """`t`, or a copy where its address or strides are not multiples of 16 bytes."""
-    aligned = t.data_ptr() % 16 == 0 and all(stride * t.element_size() % 16 == 0 for stride in t.stride()[:-1])
-    return t if aligned and t.stride(-1) == 1 else t.contiguous()
-
-
-def _tiles(t: Tensor, columns: int) -> TensorDescriptor:
-    """Boxes of one chunk of (b, l, h, p)."""
-    boxes = [1, _Q, 1, columns]
-    dtype = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}[t.dtype]
-    return TensorDescriptor.from_tensor(t, boxes, gl.NVMMASharedLayout.get_default_for(boxes, dtype))
-
-
-def _matrix(t: Tensor, boxes: list[int]) -> TensorDescriptor:
-    return TensorDescriptor.from_tensor(t, boxes, gl.NVMMASharedLayout(0, 8 * t.element_size(), 2))
