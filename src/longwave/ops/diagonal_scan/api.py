@@ -68,8 +68,9 @@ def diagonal_scan(
     if not use_kernel("diagonal_scan", impl, u):
         return reference.diagonal_scan(*arguments, method)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in arguments):
-        return _DiagonalScan.apply(*arguments, method)
-    y, final_state, _ = _forward(*arguments, method, 0)
+        y, final_state = _DiagonalScan.apply(*arguments, method)
+    else:
+        y, final_state, _ = _forward(*arguments, method, 0)
     return y.to(u.dtype), final_state
 
 
@@ -175,11 +176,11 @@ class _DiagonalScan(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *arguments):
         *inputs, method = arguments
-        u, B = inputs[0], inputs[3]
+        B = inputs[3]
         y, final_state, states = _forward(*inputs, method, _CHUNK_LEN)
         ctx.save_for_backward(y if B is None else states, *inputs)
         ctx.method = method
-        return y.to(u.dtype), final_state
+        return y, final_state  # cast to its own dtype here, y would get twice its gradient from torch 2.11's compiler
 
     @staticmethod
     @once_differentiable

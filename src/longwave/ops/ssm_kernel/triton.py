@@ -116,8 +116,8 @@ def _small(x, y, total, PRECISION: tl.constexpr):
     if PRECISION == "ieee":
         return total
     x_high, y_high = _narrow(x), _narrow(y)
-    total = tl.dot(_narrow(x - x_high), y_high, total, input_precision=PRECISION)
-    return tl.dot(x_high, _narrow(y - y_high), total, input_precision=PRECISION)
+    total = tl.dot(x - x_high, y_high, total, input_precision=PRECISION)
+    return tl.dot(x_high, y - y_high, total, input_precision=PRECISION)
 
 
 @triton.jit
@@ -284,7 +284,7 @@ def _cauchy_backward_kernel(dk, v, z, w, dv, dw, e, n, l, per_split, splits, par
     tl.store(dw + at + 1, tl.sum(dw_im, 1), mask=in_n)
 
 
-_LADDER, _SUMS_LADDER = {"Q": 128, "FINE": 8}, {"Q": 64, "FINE": 8}
+_LADDER, _SUMS_LADDER = {"Q": 128, "FINE": 16}, {"Q": 64, "FINE": 8}
 _KERNEL = {"BI": 128, "BN": 16, "num_warps": 4}
 _SUMS = {"BI": 32, "BN": 32, "num_warps": 4}
 _NODES = 256
