@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from longwave.bench import model as bench
+from longwave.bench.agreement import check_training
 from longwave.bench.model import Work, run
-from longwave.bench.peers import SOURCES, Place, ours, peers_on
+from longwave.bench.peers import AUTOCAST, SOURCES, Place, ours, peers_on
 from longwave.errors import LongwaveError, UsageError
 from longwave.hub.export import export
 from longwave.mixers import Attention, Mamba
@@ -80,6 +81,26 @@ def test_a_wrong_peer_stops_before_the_clock_starts(what, ungated, monkeypatch, 
     work = Work(prefill=(0,), decode=0, train=20) if what == "training" else WORK
     with pytest.raises(LongwaveError, match=r"wrong float32: .* more than 1e-03"):
         run(toy("mamba"), ungated, work, peers=("wrong",), say=quiet)
+
+
+def test_autocast_is_judged_too():
+    class Fixed:
+        def __init__(self, loss):
+            self.loss = loss
+
+        def train_step(self, tokens, targets):
+            return self.loss
+
+        def gradient_norm(self):
+            return 1.0
+
+    def differ_by(share):
+        return {"longwave float32": Fixed(1.0), f"peer {AUTOCAST}": Fixed(1.0 + share)}
+
+    tokens = torch.zeros(1, 3)
+    check_training(differ_by(0.04), tokens, tokens, "longwave float32")
+    with pytest.raises(LongwaveError, match="loss differ by 6.0e-02 of the reference, more than 5e-02"):
+        check_training(differ_by(0.06), tokens, tokens, "longwave float32")
 
 
 def test_missing_peers_are_named_with_the_line_that_installs_them(ungated, block, toy):

@@ -97,7 +97,7 @@ SOURCES = {
         "mamba_ssm",
         "pip install mamba-ssm causal-conv1d",
         ("mamba", "mamba2"),
-        training=("float32", AUTOCAST),
+        training=(AUTOCAST,),
         devices=("cuda",),
     ),
     "causal_conv1d": Source("causal_conv1d", "pip install causal-conv1d"),
