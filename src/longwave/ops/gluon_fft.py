@@ -67,7 +67,7 @@ def _digit_layout(radix, vec, warps):
 
 
 @gluon.constexpr_function
-def _index_layout(shape, vec, warps):
+def index_layout(shape, vec, warps):
     """`flat_layout` of elements that are told apart by several indices, the last one fastest."""
     bits = []
     for axis in reversed(range(len(shape))):
@@ -146,7 +146,7 @@ def _turn(re, im, table, plane, R: gl.constexpr, P: gl.constexpr, SIZE: gl.const
           VEC: gl.constexpr, SIGN: gl.constexpr):  # fmt: skip
     """Times table[k, t], or its conjugate: k the digit in the tuple, t < SIZE what is left of the index below it."""
     flat: gl.constexpr = flat_layout(VEC, gl.num_warps())
-    indices: gl.constexpr = _index_layout([P, SIZE, BE], VEC, gl.num_warps())
+    indices: gl.constexpr = index_layout([P, SIZE, BE], VEC, gl.num_warps())
     at = table + gl.arange(0, SIZE, layout=gl.SliceLayout(0, gl.SliceLayout(2, indices)))
     turned_re, turned_im = (), ()
     for k in gl.static_range(R):
@@ -200,11 +200,12 @@ def frequency(place, r: gl.constexpr, RADICES: gl.constexpr):
 
 
 @functools.cache
-def turns(radices: tuple[int, ...], twisted: bool, device: torch.device) -> Tensor:
+def turns(radices: tuple[int, ...], device: torch.device, *, twisted: bool = False, columns: int = 0) -> Tensor:
     """(2, m): the real and imaginary parts of what `forward` multiplies by, step after step.
 
     `twisted`: of a transform whose input t carries exp(2 pi i t / 4n) besides, so that products of spectra are products
     modulo z^n - i, which carry 2n real points in n complex ones. The digit in the first tuple brings its part itself.
+    `columns`: at the end stand exp(-2 pi i k / m) for k = 0..m-1, m the last radix times so many columns.
     """
     size, angles = math.prod(radices), []
     for radix in radices[:-1]:
@@ -214,5 +215,6 @@ def turns(radices: tuple[int, ...], twisted: bool, device: torch.device) -> Tens
             angle = angle + below / (4 * size)
         angles.append(angle.ravel())
         size //= radix
-    angle = 2 * np.pi * np.concatenate([*angles, np.zeros(1)])
+    between = np.arange(columns * radices[-1])
+    angle = 2 * np.pi * np.concatenate([*angles, -between / max(1, len(between))])
     return torch.from_numpy(np.stack([np.cos(angle), np.sin(angle)]).astype(np.float32)).to(device)

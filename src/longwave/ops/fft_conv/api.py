@@ -64,8 +64,8 @@ def filter_spectrum(kernel: Tensor, l: int, *, chunk_len: int | None = None) -> 
     """The transform of kernel (e, k), once for many calls of `fft_conv` with up to about `l` tokens each.
 
     Longer sequences are cut into blocks of that size; shorter ones cost as much as one block.
-    `chunk_len` as in `fft_conv`. Takes 4 e (k + l) bytes in float32, up to a fifth more for a good size. Later changes
-    of `kernel` do not reach it.
+    `chunk_len` as in `fft_conv`. Takes 4 e (k + l) bytes in float32, up to a fifth more for a good size, on Hopper
+    up to twice as much for a power of two. Later changes of `kernel` do not reach it.
     """
     _check("filter_spectrum", kernel, None, len(kernel))
     kernel = kernel.detach().to(state_dtype(kernel.dtype), copy=True)

@@ -1,6 +1,6 @@
-"""The long convolution on Hopper by transforms of its own: memory is crossed once, for blocks above 2048 three times.
+"""The long convolution on Hopper, by transforms of its own: memory is crossed once, the second cache by long blocks.
 
-Blocks are cut as in `triton.py` (overlap-save), of 2n points with n a power of two. The skip D x is D in every number of
+Blocks are cut as in `triton.py` (overlap-save), of 2n points with n a power of two. The skip D x is D in each number of
 the filter's spectrum. The gradient of the inputs is a convolution with the conjugate spectrum, whose blocks begin where
 the results do; that of the taps is the transform back of a sum over rows and blocks, in a fixed order.
 """
@@ -15,15 +15,16 @@ from longwave.ops.fft_blocks import block_size
 from longwave.ops.fft_conv import hopper_kernels as short
 from longwave.ops.fft_conv import hopper_long as long
 from longwave.ops.fft_conv import triton as portable
-from longwave.ops.fft_conv.triton import Blocks
 from longwave.ops.gluon_fft import turns
 from longwave.ops.triton_math import absent, device_of, processors_of, rows
 from longwave.ops.triton_segments import segments_of
 
 _LONGEST = 2048  # complex numbers that one program transforms
+_CHUNK = 4 << 20  # bytes of complex numbers between two passes, of which _SLOTS times as many stay in the cache
+_SLOTS, _LAG = 6, 2
 _RADICES = {
-    64: (8, 8), 128: (16, 8), 256: (16, 16), 512: (8, 8, 8), 1024: (16, 8, 8), 2048: (16, 16, 8), 4096: (16, 16, 16),
-    8192: (16, 8, 8, 8),
+    32: (8, 4), 64: (8, 8), 128: (16, 8), 256: (16, 16), 512: (8, 8, 8), 1024: (16, 8, 8), 2048: (16, 16, 8),
+    4096: (16, 16, 16), 8192: (16, 8, 8, 8),
 }  # fmt: skip
 
 
@@ -34,8 +35,8 @@ class _Plan(NamedTuple):
     channels: int
     warps: int
 
-    def tables(self, x: Tensor, *, twisted: bool) -> tuple[Tensor, int]:
-        table = turns(self.radices, twisted, x.device)
+    def tables(self, x: Tensor, *, twisted: bool, columns: int = 0) -> tuple[Tensor, int]:
+        table = turns(self.radices, x.device, twisted=twisted, columns=columns)
         return table, table.shape[1]
 
     def sizes(self) -> dict:
@@ -46,9 +47,10 @@ class _Plan(NamedTuple):
 
 
 @functools.cache
-def _plan(n: int) -> _Plan:
-    channels = min(16, 16384 // n)
-    return _Plan(_RADICES[n], channels, n * channels // 1024)
+def _plan(n: int, held: int = 1) -> _Plan:
+    """`held`: how many transforms a program has in its registers at once."""
+    channels = min(16, 16384 // (held * n))
+    return _Plan(_RADICES[n], channels, max(1, n * channels // 1024))
 
 
 def _size(least: int) -> int:
@@ -61,8 +63,8 @@ def _cost(n: int) -> float:
     return n * (n.bit_length() + 8) * (3 if n > _LONGEST else 1)
 
 
-def _blocks(taps: int, length: int, chunk_len: int | None) -> Blocks:
-    return Blocks(taps, *block_size(taps, length, chunk_len, _cost, _size))
+def _blocks(taps: int, length: int, chunk_len: int | None) -> portable.Blocks:
+    return portable.Blocks(taps, *block_size(taps, length, chunk_len, _cost, _size))
 
 
 def forward(x, kernel, points, D, initial_state, reset, lengths, chunk_len) -> tuple[Tensor, Tensor]:
@@ -119,7 +121,7 @@ class _Given(NamedTuple):
     @classmethod
     def of(cls, x: Tensor, history: Tensor | None, lengths: Tensor | None) -> "_Given":
         history = None if history is None or not history.shape[1] else rows(history)
-        return cls(rows(x), history, lengths)
+        return cls(rows(x), history, None if lengths is None else lengths.contiguous())
 
     @property
     def held(self) -> int:
@@ -142,26 +144,37 @@ def _halves(n: int) -> tuple[int, int]:
     return n1, n // n1
 
 
-def _spectrum(kernel: Tensor, blocks: Blocks) -> Tensor:
+def _spectrum(kernel: Tensor, blocks: portable.Blocks) -> Tensor:
     e, n = len(kernel), blocks.n
+    taps = kernel.new_empty(blocks.taps, e)  # programs take several channels of one tap
+    _transpose(kernel[:, : blocks.taps], taps)
     if n <= _LONGEST:
         plan = _plan(n)
         h = kernel.new_empty(plan.programs(e), 2, n, plan.channels, dtype=torch.float32)
         short.spectrum_kernel[(plan.programs(e),)](
-            kernel, h, *plan.tables(h, twisted=True), blocks.taps, e, *kernel.stride(),
+            taps, h, *plan.tables(h, twisted=True), blocks.taps, e, taps.stride(0),
             HALF=blocks.taps <= n, N=n, **plan.sizes(),
         )  # fmt: skip
         return h
     n1, n2 = _halves(n)
-    # With channels along the last axis: programs take several of one time.
-    z = _down(_Given.of(kernel.t()[None, : blocks.taps], None, None), n, 0, 0, blocks.taps)
+    z = _down(_Given.of(taps[None], None, None), n, 0, 0, blocks.taps, half=blocks.taps <= n)
     h = torch.empty_like(z[:, 0])
-    _along(z, h, None, "SPECTRUM")
+    plan = _plan(n2)
+    long.rows_kernel[(n1 * plan.programs(e),)](
+        z, h, *plan.tables(z, twisted=False), e, h.stride(0), 1 / n, N2=n2, **plan.sizes()
+    )
     return h
 
 
+def _transpose(x: Tensor, y: Tensor) -> None:
+    n_rows, n_columns = x.shape
+    short.transpose_kernel[(-(-n_rows // 64) * -(-n_columns // 64),)](
+        x, y, n_rows, n_columns, *x.stride(), *y.stride(), B=64, num_warps=4
+    )
+
+
 def _convolve(
-    given: _Given, h: Tensor, D: Tensor | None, y: Tensor, blocks: Blocks,
+    given: _Given, h: Tensor, D: Tensor | None, y: Tensor, blocks: portable.Blocks,
     *, back: bool = False, final: Tensor | None = None, dfinal: Tensor | None = None,
 ) -> None:  # fmt: skip
     """y: the last tokens of (b, held + l, e). `back`: with the conjugate of h, from later inputs to earlier ones.
@@ -176,10 +189,9 @@ def _convolve(
     offset = 0 if back or (count == 1 and not given.held) else taps - 1
     reach = min(q + taps - 1, l - begin) if count == 1 and not offset else q + taps - 1
     half = not offset and max(q, reach) <= n
-    edge, keep = (final, dfinal)[final is None], 0
-    if edge is not None:
-        edge = edge.contiguous()
-        keep = edge.shape[1]
+    D = None if D is None else D.contiguous()
+    edge = final if dfinal is None else dfinal.contiguous()
+    keep = 0 if edge is None else edge.shape[1]
     if n <= _LONGEST:
         plan = _plan(n)
         short.convolve_kernel[(b * count * plan.programs(e),)](
@@ -189,24 +201,44 @@ def _convolve(
             **given.flags(), **plan.sizes(),
         )  # fmt: skip
         return
+    n1, n2 = _halves(n)
+    down, along = _plan(n1), _plan(n2)
+    channels = min(down.channels, along.channels)
+    of_e, cached = -(-e // channels), 8 * n * channels <= _CHUNK
+    width = min(of_e, _CHUNK // (8 * n * channels)) if cached else of_e
+    chunks = b * -(-of_e // width)
+    per_chunk = {0: n2 * width, 1: n1 * width, 2: n2 * width}
+    launches = (
+        {3: (chunks + 2 * _LAG) * sum(per_chunk.values())} if cached else {p: chunks * m for p, m in per_chunk.items()}
+    )
+    z = h.new_empty(_SLOTS if cached else chunks, 2, n1, n2, width * channels)
     for t0 in range(begin, l, q):
         start = t0 - offset
-        z = _down(given, n, start, start, min(l, start + reach), final=final, half=half)
-        _along(z, h, D, "CONJ" if back else "")
-        _up(z, y, start, t0, min(t0 + q, l), begin, lengths=given.lengths, dfinal=dfinal, half=half)
+        counters = h.new_zeros(3, chunks, dtype=torch.int32)
+        for part, programs in launches.items():
+            long.passes_kernel[(programs,)](
+                *given.pointers(), h, absent(D, h), y, absent(edge, y), z, counters,
+                *down.tables(h, twisted=True, columns=n2), *along.tables(h, twisted=False),
+                b, l, e, chunks, start, start, min(l, start + reach), given.held, keep,
+                t0, min(t0 + q, l), begin, y.shape[1], *given.strides(), h.stride(0), 1 / n,
+                CONJ=back, HALF=half, FINAL=final is not None, DFINAL=dfinal is not None, SKIP=D is not None,
+                PASS=part, SLOTS=_SLOTS, LAG=_LAG, BLOCKS=width, RADICES=down.radices, RADICES2=along.radices,
+                N1=n1, N2=n2, BE=channels, VEC=min(2, channels), **given.flags(),
+                num_warps=max(1, max(n1, n2) * channels // 1024), maxnreg=128,
+            )  # fmt: skip
 
 
 def _correlate(
-    given: _Given, up: _Given, kernel: Tensor, D: Tensor | None, blocks: Blocks
+    given: _Given, up: _Given, kernel: Tensor, D: Tensor | None, blocks: portable.Blocks
 ) -> tuple[Tensor, Tensor | None]:
     """The gradients of the taps (e, k), and of D."""
     (b, l, e), (taps, q, n) = given.x.shape, blocks
     count = -(-l // q)
     offset = 0 if count == 1 and not given.held else taps - 1
     half = not offset and l <= n
-    dkernel = torch.zeros_like(kernel) if taps < kernel.shape[1] else torch.empty_like(kernel)
+    dkernel = (kernel.new_zeros if taps < kernel.shape[1] else kernel.new_empty)(kernel.shape)
     if n <= _LONGEST:
-        plan = _plan(n)
+        plan = _plan(n, 2)
         splits = segments_of(plan.programs(e), 2 * processors_of(kernel), b * count, 1)
         parts = kernel.new_empty(splits, plan.programs(e), 2, n, plan.channels, dtype=torch.float32)
         skips = None if D is None else kernel.new_empty(splits, e, dtype=torch.float32)
@@ -234,62 +266,37 @@ def _correlate(
     long.rows_back_kernel[(n1 * plan.programs(e),)](
         total, *plan.tables(total, twisted=False), e, total.stride(0), N2=n2, **plan.sizes()
     )
-    found = kernel.new_empty(1, taps, e, dtype=torch.float32)
-    _up(total[:, None], found, 0, 0, taps, 0, half=taps <= n)
-    dkernel[:, :taps] = found[0].t()
-    return dkernel, None if D is None else found[0, 0]  # the skip is one more first tap
+    found = kernel.new_empty(taps, e, dtype=torch.float32)
+    plan = _plan(n1)
+    long.columns_back_kernel[(n2 * plan.programs(e),)](
+        total, found, *plan.tables(total, twisted=True, columns=n2), e, n2, taps, total.stride(0),
+        HALF=taps <= n, N1=n1, N=n, **plan.sizes(),
+    )  # fmt: skip
+    _transpose(found, dkernel[:, :taps])
+    return dkernel, None if D is None else found[0]  # the skip is one more first tap
 
 
-def _down(
-    given: _Given, n: int, start: int, low: int, high: int, *, final: Tensor | None = None, half: bool | None = None
-) -> Tensor:
+def _down(given: _Given, n: int, start: int, low: int, high: int, *, half: bool) -> Tensor:
     """(2, b, n1, n2, e): the columns' transforms of a block whose point 0 is time `start`."""
     (b, l, e), (n1, n2) = given.x.shape, _halves(n)
     plan = _plan(n1)
     z = given.x.new_empty(2, b, n1, n2, e, dtype=torch.float32)
     long.columns_kernel[(b * n2 * plan.programs(e),)](
-        *given.pointers(), z, absent(final, z), *plan.tables(z, twisted=True),
-        b, l, e, n2, start, low, high, given.held, 0 if final is None else final.shape[1],
+        *given.pointers(), z, *plan.tables(z, twisted=True, columns=n2), l, e, n2, start, low, high, given.held,
         *given.strides()[:2], 1, *given.strides()[2:], z.stride(0),
-        HALF=high - start <= n if half is None else half, FINAL=final is not None, N1=n1, N=n,
-        **given.flags(), **plan.sizes(),
+        HALF=half, N1=n1, N=n, **given.flags(), **plan.sizes(),
     )  # fmt: skip
     return z
 
 
-def _along(z: Tensor, h: Tensor, D: Tensor | None, how: str) -> None:
-    """Along the rows: times h, in place, or its conjugate (CONJ); or h is what is asked for (SPECTRUM)."""
-    _, b, n1, n2, e = z.shape
-    plan = _plan(n2)
-    long.rows_kernel[(b * n1 * plan.programs(e),)](
-        z, h, absent(D, h), *plan.tables(z, twisted=False), b, e, n1, z.stride(0), h.stride(0), 1 / (n1 * n2),
-        SPECTRUM=how == "SPECTRUM", CONJ=how == "CONJ", SKIP=D is not None, N2=n2, **plan.sizes(),
-    )  # fmt: skip
-
-
-def _up(
-    z: Tensor, y: Tensor, start: int, low: int, high: int, y_begin: int,
-    *, lengths: Tensor | None = None, dfinal: Tensor | None = None, half: bool,
-) -> None:  # fmt: skip
-    """The columns' way back, of which times from `low` until `high` go to y, which begins at `y_begin`."""
-    _, b, n1, n2, e = z.shape
-    plan = _plan(n1)
-    long.columns_back_kernel[(b * n2 * plan.programs(e),)](
-        z, y, absent(dfinal, z), absent(lengths, z), *plan.tables(z, twisted=True),
-        b, e, n2, start, low, high, y_begin, y.shape[1], 0 if dfinal is None else dfinal.shape[1],
-        z.stride(0), *y.stride(),
-        HALF=half, DFINAL=dfinal is not None, LENGTHS=lengths is not None, N1=n1, N=n1 * n2, **plan.sizes(),
-    )  # fmt: skip
-
-
-def _convolve_documents(history: Tensor, x: Tensor, h: Tensor, blocks: Blocks) -> Tensor:
+def _convolve_documents(history: Tensor, x: Tensor, h: Tensor, blocks: portable.Blocks) -> Tensor:
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     _convolve(_Given.of(x, history, None), h, None, y, blocks)
     return y
 
 
 def _correlate_documents(
-    history: Tensor, x: Tensor, dy: Tensor, kernel: Tensor, blocks: Blocks
+    history: Tensor, x: Tensor, dy: Tensor, kernel: Tensor, blocks: portable.Blocks
 ) -> tuple[Tensor, Tensor]:
     given, up = _Given.of(x, history, None), _Given.of(dy, None, None)
     dinputs = x.new_empty(x.shape[0], given.held + x.shape[1], x.shape[2])

@@ -126,7 +126,7 @@ def convolve_kernel(
 
 @gluon.jit
 def spectrum_kernel(
-    kernel, h, table, plane, taps, e, stride_e, stride_t,
+    kernel, h, table, plane, taps, e, stride_t,
     HALF: gl.constexpr, RADICES: gl.constexpr, N: gl.constexpr, BE: gl.constexpr, VEC: gl.constexpr,
 ):  # fmt: skip
     R: gl.constexpr = first(RADICES)
@@ -136,7 +136,7 @@ def spectrum_kernel(
     c0 = gl.program_id(0) * BE
     i = gl.arange(0, SIZE * BE, layout=layout)
     c = c0 + i % BE
-    at = kernel + c.to(gl.int64) * stride_e
+    at = kernel + c
     parts = ()
     for r in gl.static_range(R if HALF else 2 * R):
         t = i // BE + r * SIZE
@@ -238,3 +238,18 @@ def taps_kernel(
         t = i // BE + r * SIZE
         value = values[r].to(dkernel.dtype.element_ty)
         gl.store(at + t.to(gl.int64) * stride_t, value, mask=(c < e) & (t < taps))
+
+
+@gluon.jit
+def transpose_kernel(x, y, rows, columns, stride_xr, stride_xc, stride_yr, stride_yc, B: gl.constexpr):
+    """y = x (rows, columns) transposed, whichever way round the axes lie in either."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [gl.num_warps(), 1], [1, 0])
+    across = gl.cdiv(columns, B)
+    r0, c0 = gl.program_id(0) // across * B, gl.program_id(0) % across * B
+    slow = gl.arange(0, B, layout=gl.SliceLayout(1, layout))[:, None]
+    fast = gl.arange(0, B, layout=gl.SliceLayout(0, layout))[None, :]
+    r, c = (r0 + slow).to(gl.int64), c0 + fast
+    tile = gl.load(x + r * stride_xr + c * stride_xc, mask=(r < rows) & (c < columns), other=0.0)
+    tile = gl.convert_layout(tile.permute([1, 0]), layout).to(y.dtype.element_ty)
+    r, c = r0 + fast, (c0 + slow).to(gl.int64)
+    gl.store(y + c * stride_yr + r * stride_yc, tile, mask=(r < rows) & (c < columns))
