@@ -7,12 +7,9 @@ that was not stored is made from the other chunk of the pair. Four groups of war
 tiles, one takes the pairs of tokens within the chunk and dx, one dB, and one dC and the state of the next head.
 """
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -22,9 +19,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.core import _aggregate as aggregate
 
+from longwave.ops.gluon_math import exp2, widen
+from longwave.ops.gluon_tiles import for_tma, matrix, tiles, zero_from
 from longwave.ops.ssd import triton as portable
 from longwave.ops.triton_math import device_of, processors_of, step_size
 from longwave.ops.triton_segments import splits_of
@@ -34,18 +32,9 @@ _P = 64  # channels of a head
 
 
 @gluon.jit
-def _zero_from(tile, count, ROWS: gl.constexpr, COLUMNS: gl.constexpr):
-    """Zero the rows of a tile in shared memory from `count` on."""
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    t = gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
-    value = tile.load(layout)
-    tile.store(gl.where((t < count)[:, None], value, gl.zeros([ROWS, COLUMNS], value.dtype, layout)))
-
-
-@gluon.jit
 def _to_start(s, document, t, RESET: gl.constexpr):
     """The decay of tokens t from the start of their chunk, 0 in another document."""
-    weight = gl.exp2(s)
+    weight = exp2(s)
     if RESET:
         weight = gl.where(gl.load(document + t) == 0, weight, 0.0)
     return weight
@@ -54,7 +43,7 @@ def _to_start(s, document, t, RESET: gl.constexpr):
 @gluon.jit
 def _to_end(s, s_end, document, t, Q: gl.constexpr, RESET: gl.constexpr):
     """The decay of tokens t to the end of their chunk, 0 in another document."""
-    weight = gl.exp2(s_end - s)
+    weight = exp2(s_end - s)
     if RESET:
         weight = gl.where(gl.load(document + t) == gl.load(document + Q - 1), weight, 0.0)
     return weight
@@ -63,7 +52,7 @@ def _to_end(s, s_end, document, t, Q: gl.constexpr, RESET: gl.constexpr):
 @gluon.jit
 def _whole(s_end, document, Q: gl.constexpr, RESET: gl.constexpr):
     """The decay over a chunk, 0 if a document begins in it."""
-    weight = gl.exp2(s_end)
+    weight = exp2(s_end)
     if RESET:
         weight = gl.where(gl.load(document + Q - 1) == 0, weight, 0.0)
     return weight
@@ -115,8 +104,8 @@ def _fetch_walk(
         tma.async_copy_global_to_shared(C, [row, chunk * Q, group, 0], bar, u_t, pred=reverse)
         for j in gl.static_range(HEADS):
             v_t, at = ring.v.index(stage * HEADS + j), row * h + head + j
-            tma.async_copy_global_to_shared(x, [row, chunk * Q, (head + j) * P], bar, v_t, pred=not reverse)
-            tma.async_copy_global_to_shared(dy, [row, chunk * Q, (head + j) * P], bar, v_t, pred=reverse)
+            tma.async_copy_global_to_shared(x, [row, chunk * Q, head + j, 0], bar, v_t, pred=not reverse)
+            tma.async_copy_global_to_shared(dy, [row, chunk * Q, head + j, 0], bar, v_t, pred=reverse)
             tma.async_copy_global_to_shared(sizes, [at, chunk * Q], bar, ring.sizes.index(stage * HEADS + j))
             tma.async_copy_global_to_shared(decays, [at, chunk * Q], bar, ring.decays.index(stage * HEADS + j))
 
@@ -160,7 +149,7 @@ def _walk_head(
             held.store(state.to(dtype))
             fence_async_shared()
             gl.thread_barrier()
-            tma.async_copy_shared_to_global(states, [first + chunk // 2 * h, 0, 0], held.reshape([1, P, N]))
+            tma.async_copy_shared_to_global(states, [first + chunk // 2 * h, 0, 0, 0], held.reshape([1, P, 1, N]))
         s_next = gl.load(decay + gl.minimum(gl.maximum(chunk + (-1 if reverse else 1), 0), chunks - 1) * Q)
         mbarrier.wait(ring.full.index(stage), (k // STAGES) & 1)
         v_t = ring.v.index(at).reshape([Q, P])
@@ -170,10 +159,10 @@ def _walk_head(
         if RESET:
             here += chunk * Q
         weight = gl.where(reverse, _to_start(s, here, t, RESET), _to_end(s, s_end, here, t, Q, RESET) * size)
-        v_k = v_t.permute((1, 0)).load(operand).to(gl.float32) * weight[None, :]
+        v_k = widen(v_t.permute((1, 0)).load(operand)) * weight[None, :]
         if LENGTHS:
             if chunk * Q + Q > end:
-                _zero_from(u_t, end - chunk * Q, Q, N)
+                zero_from(u_t, end - chunk * Q, Q, N)
                 fence_async_shared()
                 gl.thread_barrier()
             v_k = gl.where((chunk * Q + t < end)[None, :], v_k, 0.0)
@@ -206,7 +195,7 @@ def _states_kernel(
         document += row.to(gl.int64) * chunks * Q
     dtype: gl.constexpr = x.dtype
     ring = _Walk(
-        gl.allocate_shared_memory(dtype, [STAGES * HEADS, 1, Q, P], x.layout),
+        gl.allocate_shared_memory(dtype, [STAGES * HEADS, 1, Q, 1, P], x.layout),
         gl.allocate_shared_memory(dtype, [STAGES, 1, Q, 1, N], B.layout),
         gl.allocate_shared_memory(gl.float32, [STAGES * HEADS, 1, Q], sizes.layout),
         gl.allocate_shared_memory(gl.float32, [STAGES * HEADS, 1, Q], decays.layout),
@@ -309,17 +298,17 @@ def _fetch_chunk(
     pair = (row * pairs + chunk // 2) * h + first
     nbytes: gl.constexpr = 3 * x.block_type.nbytes + 2 * states.block_type.nbytes + 4 * sizes.block_type.nbytes
     for k in range(heads):
-        stage, column, at = k % STAGES, (first + k) * P, row * h + first + k
+        stage, at = k % STAGES, row * h + first + k
         bar = tiles.full.index(stage)
         mbarrier.wait(tiles.empty.index(stage), ((k // STAGES) & 1) ^ 1)
         mbarrier.expect(bar, nbytes)
-        tma.async_copy_global_to_shared(x, [row, other * Q, column], bar, tiles.v.index(stage), pred=odd)
-        tma.async_copy_global_to_shared(dy, [row, other * Q, column], bar, tiles.v.index(stage), pred=not odd)
-        tma.async_copy_global_to_shared(states, [pair + k, 0, 0], bar, tiles.states.index(2 * stage))
+        tma.async_copy_global_to_shared(x, [row, other * Q, first + k, 0], bar, tiles.v.index(stage), pred=odd)
+        tma.async_copy_global_to_shared(dy, [row, other * Q, first + k, 0], bar, tiles.v.index(stage), pred=not odd)
+        tma.async_copy_global_to_shared(states, [pair + k, 0, 0, 0], bar, tiles.states.index(2 * stage))
         after = states.shape[0] // 2 + pair + k
-        tma.async_copy_global_to_shared(states, [after, 0, 0], bar, tiles.states.index(2 * stage + 1))
-        tma.async_copy_global_to_shared(x, [row, chunk * Q, column], bar, tiles.x.index(stage))
-        tma.async_copy_global_to_shared(dy, [row, chunk * Q, column], bar, tiles.dy.index(stage))
+        tma.async_copy_global_to_shared(states, [after, 0, 0, 0], bar, tiles.states.index(2 * stage + 1))
+        tma.async_copy_global_to_shared(x, [row, chunk * Q, first + k, 0], bar, tiles.x.index(stage))
+        tma.async_copy_global_to_shared(dy, [row, chunk * Q, first + k, 0], bar, tiles.dy.index(stage))
         tma.async_copy_global_to_shared(sizes, [at, chunk * Q], bar, tiles.sizes.index(2 * stage))
         tma.async_copy_global_to_shared(sizes, [at, other * Q], bar, tiles.sizes.index(2 * stage + 1))
         tma.async_copy_global_to_shared(decays, [at, chunk * Q], bar, tiles.decays.index(2 * stage))
@@ -349,23 +338,23 @@ def _make_state(
     mbarrier.wait(tiles.full.index(stage), (k // STAGES) & 1)
     v_t = tiles.v.index(stage).reshape([Q, P])
     if LENGTHS and gl.maximum(chunk, other) * Q + Q > end:
-        _zero_from(tiles.x.index(stage).reshape([Q, P]), end - chunk * Q, Q, P)
-        _zero_from(tiles.dy.index(stage).reshape([Q, P]), end - chunk * Q, Q, P)
-        _zero_from(v_t, end - other * Q, Q, P)
+        zero_from(tiles.x.index(stage).reshape([Q, P]), end - chunk * Q, Q, P)
+        zero_from(tiles.dy.index(stage).reshape([Q, P]), end - chunk * Q, Q, P)
+        zero_from(v_t, end - other * Q, Q, P)
         gl.thread_barrier()
     s = tiles.decays.index(2 * stage + 1).reshape([Q]).load(columns)
     size = tiles.sizes.index(2 * stage + 1).reshape([Q]).load(columns)
-    weight = gl.exp2(gl.where(odd == 1, s_end - s, s)) * gl.where(odd == 1, size, 1.0)
+    weight = exp2(gl.where(odd == 1, s_end - s, s)) * gl.where(odd == 1, size, 1.0)
     if RESET:
         same = gl.load(document + t) == gl.where(odd == 1, gl.load(document + Q - 1), 0)
         weight = gl.where(same, weight, 0.0)
-    v_k = (v_t.permute((1, 0)).load(operand).to(gl.float32) * weight[None, :]).to(dtype)
+    v_k = (widen(v_t.permute((1, 0)).load(operand)) * weight[None, :]).to(dtype)
     given = tiles.states.index(2 * stage + 1 - odd).reshape([P, N])
     whole = gl.where(other < chunks, _whole(s_end, document, Q, RESET), 1.0)
     for j in gl.static_range(N // 64):
         u_t = tiles.u.reshape([Q, N]).slice(j * 64, 64, dim=1)
         given_t = given.slice(j * 64, 64, dim=1)
-        made = warpgroup_mma(v_k, u_t, given_t.load(of_state).to(gl.float32) * whole, is_async=True)
+        made = warpgroup_mma(v_k, u_t, widen(given_t.load(of_state)) * whole, is_async=True)
         made = warpgroup_mma_wait(0, deps=(made,))
         given_t.store(made.to(dtype))
     fence_async_shared()
@@ -435,7 +424,7 @@ def _of_pairs(
         # A step of size 0 has a gradient too: what it would give is divided by its size again.
         positive = gl.maximum(size, 1e-30)
         less = s.load(rows) - _log2(positive)
-        weights = gl.exp2(gl.where(seen, s.load(columns)[None, :] - less[:, None], -float("inf")))
+        weights = exp2(gl.where(seen, s.load(columns)[None, :] - less[:, None], -float("inf")))
         pairs = warpgroup_mma_wait(0, deps=(pairs,))
         of_BC += pairs * weights
         weights *= BC
@@ -447,8 +436,8 @@ def _of_pairs(
         vectors += chunks * Q
         passed = gl.zeros([P, 64], gl.float32, wide)
         for j in gl.static_range(N // 64):
-            after = dstate.slice(j * 64, 64, dim=1).load(wide).to(gl.float32)
-            passed += state.slice(j * 64, 64, dim=1).load(wide).to(gl.float32) * after
+            after = widen(dstate.slice(j * 64, 64, dim=1).load(wide))
+            passed += widen(state.slice(j * 64, 64, dim=1).load(wide)) * after
         gl.store(dots, gl.sum(gl.sum(passed, 1), 0) * _whole(s_end, here, Q, RESET))
         dots += chunks
         s_end = s_next
@@ -499,10 +488,10 @@ def _of_B_and_x(
         through = warpgroup_mma(B_t, dstate.permute((1, 0)), zeros, use_acc=False, is_async=True)
         weight = _to_end(tiles.decays.index(2 * stage).reshape([Q]).load(rows), s_end, here, t, Q, RESET)
         sized = weight * tiles.sizes.index(2 * stage).reshape([Q]).load(rows)
-        x_w = gl.convert_layout((x_t.load(of_x).to(gl.float32) * sized[:, None]).to(x_t.dtype), operand)
+        x_w = gl.convert_layout((widen(x_t.load(of_x)) * sized[:, None]).to(x_t.dtype), operand)
         total = warpgroup_mma(x_w, dstate, total, is_async=True)
         through = warpgroup_mma_wait(1, deps=(through,))
-        gl.store(vectors + t, gl.sum(x_t.load(of_x).to(gl.float32) * through, 1) * weight)
+        gl.store(vectors + t, gl.sum(widen(x_t.load(of_x)) * through, 1) * weight)
         through *= sized[:, None]
         s_end = s_next
         tma.store_wait(0)
@@ -530,7 +519,7 @@ def _of_B_and_x(
         dx_t.reshape([Q, P]).store(out.to(dy_t.dtype))
         fence_async_shared()
         gl.thread_barrier()
-        tma.async_copy_shared_to_global(dx, [row, chunk * Q, (first + k) * P], dx_t)
+        tma.async_copy_shared_to_global(dx, [row, chunk * Q, first + k, 0], dx_t)
     tma.store_wait(0)
     gl.thread_barrier()
     mbarrier.arrive(tiles.left, count=1)
@@ -562,9 +551,9 @@ def _of_C(
     if LENGTHS:
         other = chunk + 1 - 2 * (chunk % 2)
         if gl.maximum(chunk, other) * Q + Q > end:
-            _zero_from(B_t, end - chunk * Q, Q, N)
-            _zero_from(C_t, end - chunk * Q, Q, N)
-            _zero_from(tiles.u.reshape([Q, N]), end - other * Q, Q, N)
+            zero_from(B_t, end - chunk * Q, Q, N)
+            zero_from(C_t, end - chunk * Q, Q, N)
+            zero_from(tiles.u.reshape([Q, N]), end - other * Q, Q, N)
             fence_async_shared()
             gl.thread_barrier()
     _make_state(tiles, decay, document, row, chunk, first, 0, chunks, h, end, RESET, LENGTHS, STAGES, Q, N, P)
@@ -579,14 +568,14 @@ def _of_C(
             )  # fmt: skip
         y = warpgroup_mma(C_t, state.permute((1, 0)), zeros, use_acc=False, is_async=True)
         weight = _to_start(tiles.decays.index(2 * stage).reshape([Q]).load(rows), here, t, RESET)
-        dy_w = gl.convert_layout((dy_t.load(of_y).to(gl.float32) * weight[:, None]).to(dy_t.dtype), operand)
+        dy_w = gl.convert_layout((widen(dy_t.load(of_y)) * weight[:, None]).to(dy_t.dtype), operand)
         total = warpgroup_mma(dy_w, state, total, is_async=True)
         y = warpgroup_mma_wait(1, deps=(y,))
         mbarrier.wait(tiles.weighed.index(stage), (k // STAGES) & 1)
         weights = tiles.v.index(stage).reshape([Q, Q])
         y = warpgroup_mma(weights.permute((1, 0)), x_t, y * weight[:, None], is_async=True)
         total, y = warpgroup_mma_wait(0, deps=(total, y))
-        gl.store(vectors + t, gl.sum(dy_t.load(of_y).to(gl.float32) * y, 1))
+        gl.store(vectors + t, gl.sum(widen(dy_t.load(of_y)) * y, 1))
         gl.thread_barrier()
         mbarrier.arrive(tiles.spent.index(stage), count=1)
         mbarrier.arrive(tiles.empty.index(stage), count=1)
@@ -618,10 +607,10 @@ def _chunks_kernel(
         gl.allocate_shared_memory(dtype, [1, Q, 1, N], B.layout),
         gl.allocate_shared_memory(dtype, [1, Q, 1, N], C.layout),
         gl.allocate_shared_memory(dtype, [1, Q, 1, N], B.layout),
-        gl.allocate_shared_memory(dtype, [STAGES, 1, Q, P], x.layout),
-        gl.allocate_shared_memory(dtype, [STAGES, 1, Q, P], x.layout),
-        gl.allocate_shared_memory(dtype, [STAGES, 1, Q, P], x.layout),
-        gl.allocate_shared_memory(dtype, [2 * STAGES, 1, P, N], states.layout),
+        gl.allocate_shared_memory(dtype, [STAGES, 1, Q, 1, P], x.layout),
+        gl.allocate_shared_memory(dtype, [STAGES, 1, Q, 1, P], x.layout),
+        gl.allocate_shared_memory(dtype, [STAGES, 1, Q, 1, P], x.layout),
+        gl.allocate_shared_memory(dtype, [2 * STAGES, 1, P, 1, N], states.layout),
         gl.allocate_shared_memory(gl.float32, [2 * STAGES, 1, Q], sizes.layout),
         gl.allocate_shared_memory(gl.float32, [2 * STAGES, 1, Q], decays.layout),
         gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout()),
@@ -664,7 +653,7 @@ def _chunks_kernel(
 
 @triton.jit
 def _sizes_backward_kernel(
-    vectors, dots, sizes, dt, dt_bias, A, lengths, ddt, dA_parts, dbias_parts, dD_parts,
+    vectors, dots, sizes, dt, dt_bias, A, lengths, ddt, parts,
     l, chunks, h, of_vector, stride_tb, stride_tl, stride_th, low, high,
     SOFTPLUS: tl.constexpr, BIAS: tl.constexpr, SKIP: tl.constexpr, LENGTHS: tl.constexpr, Q: tl.constexpr,
     BH: tl.constexpr,
@@ -701,11 +690,13 @@ def _sizes_backward_kernel(
     slope = tl.where(real & (free >= low) & (free <= high), slope, 0.0)
     draw = (dsize + ds * rate[None, :]) * slope
     tl.store(ddt + (row * l + token)[:, None] * h + head[None, :], draw.to(ddt.dtype.element_ty), mask=mask)
-    tl.store(dA_parts + i.to(tl.int64) * h + head, tl.sum(ds * step, 0), mask=in_h)
-    tl.store(dbias_parts + i.to(tl.int64) * h + head, tl.sum(draw, 0), mask=in_h)
+    parts += i.to(tl.int64) * h + head
+    of_part = tl.num_programs(0).to(tl.int64) // blocks * h
+    tl.store(parts, tl.sum(ds * step, 0), mask=in_h)
+    tl.store(parts + of_part, tl.sum(draw, 0), mask=in_h)
     if SKIP == 1:
         product = tl.load(vectors + 4 * of_vector + at, mask=in_h[None, :], other=0.0)
-        tl.store(dD_parts + i.to(tl.int64) * h + head, tl.sum(product, 0), mask=in_h)
+        tl.store(parts + 2 * of_part, tl.sum(product, 0), mask=in_h)
 
 
 def backward(dy, dfinal, x, dt, A, B, C, D, dt_bias, initial_state, reset, lengths, dt_softplus, low, high, chunk_len):
@@ -715,24 +706,22 @@ def backward(dy, dfinal, x, dt, A, B, C, D, dt_bias, initial_state, reset, lengt
         return portable.backward(
             dy, dfinal, x, dt, A, B, C, D, dt_bias, initial_state, reset, lengths, dt_softplus, low, high, chunk_len
         )
-    flat_x, flat_dy = _for_tma(x.flatten(2)), _for_tma(dy.to(x.dtype).flatten(2))
-    B, C = _for_tma(B), _for_tma(C)
+    dy, x, B, C = (for_tma(t) for t in (dy.to(x.dtype), x, B, C))
     with device_of(x):
         plan = portable._Plan(x, dt, A, B, D, dt_bias, reset, lengths, dt_softplus, low, high, _Q)
         sizes, decay, document = plan.decays
         chunks, processors = plan.chunks, processors_of(x)
-        states = torch.empty(2 * b * -(-chunks // 2) * h, p, n, dtype=x.dtype, device=x.device)
-        tiles = (
-            *(_tiles(t, 1, _Q, p) for t in (flat_x, flat_dy)), *(_tiles(t, 1, _Q, 1, n) for t in (B, C)),
-            *(_tiles(t.flatten(0, 1), 1, _Q) for t in (sizes, decay)), _tiles(states, 1, p, n),
+        states = torch.empty(2 * b * triton.cdiv(chunks, 2) * h, p, 1, n, dtype=x.dtype, device=x.device)
+        inputs = (
+            tiles(x, _Q, p), tiles(dy, _Q, p), tiles(B, _Q, n), tiles(C, _Q, n),
+            *(matrix(t.flatten(0, 1), 1, _Q) for t in (sizes, decay)), tiles(states, p, n),
         )  # fmt: skip
         begin, dinitial = portable._contiguous(initial_state), None if initial_state is None else plan.state()
-        heads = 2 if h // g % 2 == 0 and b * h > processors else 1
+        heads = 2 if h // g % 2 == 0 and 4 * b * h > 3 * processors else 1
         flags = {"RESET": reset is not None, "LENGTHS": lengths is not None, "Q": _Q, "N": n, "P": p}
         _states_kernel[(2 * b * h // heads,)](
-            *tiles, decay, document, begin,
-            portable._contiguous(dfinal), dinitial, lengths, l, chunks, h, h // g,
-            INITIAL=begin is not None, HEADS=heads, STAGES=3, **flags, num_warps=4,
+            *inputs, decay, document, begin, portable._contiguous(dfinal), dinitial, lengths, l, chunks, h, h // g,
+            INITIAL=begin is not None, HEADS=heads, STAGES=5 - heads, **flags, num_warps=4,
         )  # fmt: skip
         splits = splits_of(h // g, b * chunks * g, processors * 3 // 4)
         dx = torch.empty(b, l, h, p, dtype=x.dtype, device=x.device)
@@ -740,48 +729,27 @@ def backward(dy, dfinal, x, dt, A, B, C, D, dt_bias, initial_state, reset, lengt
         if splits == 1:
             dB, dC = (torch.empty(b, l, g, n, dtype=x.dtype, device=x.device) for _ in range(2))
         else:
-            dB, dC = (plan.empty(b, chunks, g, splits, _Q, n) for _ in range(2))
+            dB, dC = both = plan.empty(2, b, chunks, g, splits, _Q, n)
         skip = 0 if D is None else D.dim()
         vectors, dots = plan.empty(5 if skip == 1 else 4, b * h, chunks * _Q), plan.empty(b * h, chunks)
-        dA, dbias = (plan.empty(b * chunks, h) for _ in range(2))
-        dD = plan.empty(b * chunks, *D.shape) if D is not None else None
+        parts = plan.empty(3 if skip == 1 else 2, b * chunks, h)  # of dA, dbias, dD
+        dD = plan.empty(b * chunks, h, p) if skip == 2 else None
         _chunks_kernel[(b * chunks * g * splits,)](
-            *tiles, _tiles(dx.flatten(2), 1, _Q, p), D,
-            decay, document, lengths, dB, dC, vectors, dD, dots,
+            *inputs, tiles(dx, _Q, p), D, decay, document, lengths, dB, dC, vectors, dD, dots,
             l, chunks, h, g, h // g // splits, splits, *plan.D_strides,
             SKIP=skip, PARTS=splits > 1, STAGES=3, **flags, num_warps=4,
         )  # fmt: skip
         BH = min(portable.block(h, 1), 32)
         _sizes_backward_kernel[(b * chunks * triton.cdiv(h, BH),)](
-            vectors, dots, sizes, dt, dt_bias, A, lengths, ddt, dA, dbias, dD, l, chunks, h, vectors[0].numel(),
+            vectors, dots, sizes, dt, dt_bias, A, lengths, ddt, parts, l, chunks, h, vectors[0].numel(),
             *dt.stride(), low, high, SOFTPLUS=dt_softplus, BIAS=dt_bias is not None, SKIP=skip,
             LENGTHS=lengths is not None, Q=_Q, BH=BH, num_warps=4,
         )  # fmt: skip
         if splits > 1:
-            dB, dC = (
-                parts.sum(3).transpose(2, 3).reshape(b, chunks * _Q, g, n)[:, :l].to(x.dtype) for parts in (dB, dC)
-            )
-        if D is not None:
-            dD = dD.sum(0)
-    grads = ((dx, x), (ddt, dt), (dA.sum(0), A), (dB, B), (dC, C), (dD, D), (dbias.sum(0), dt_bias))
+            both = both.sum(4).transpose(3, 4).reshape(2, b, chunks * _Q, g, n)[:, :, :l]
+            dB, dC = (t.to(x.dtype) for t in both)
+    dA, dbias, *of_D = torch.unbind_copy(parts.sum(1))
+    dD = dD.sum(0) if skip == 2 else of_D[0] if skip else None
+    grads = ((dx, x), (ddt, dt), (dA, A), (dB, B), (dC, C), (dD, D), (dbias, dt_bias))
     given = tuple(x.new_empty(0) if t is None else grad.to(t.dtype) for grad, t in grads)
     return *given, x.new_empty(0) if initial_state is None else dinitial.to(initial_state.dtype)
-
-
-def _tiles(t: Tensor, *block: int) -> TensorDescriptor:
-    return TensorDescriptor.from_tensor(t, list(block), _layout(block, t.dtype))
-
-
-@functools.cache
-def _layout(block: tuple[int, ...], dtype: torch.dtype) -> gl.NVMMASharedLayout:
-    if dtype == torch.float32:
-        return gl.NVMMASharedLayout(0, 32, len(block))
-    return gl.NVMMASharedLayout.get_default_for(
-        list(block), {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}[dtype]
-    )
-
-
-def _for_tma(t: Tensor) -> Tensor:
-    """`t`, or a copy where its address or strides are not multiples of 16 bytes."""
-    aligned = t.data_ptr() % 16 == 0 and all(stride * t.element_size() % 16 == 0 for stride in t.stride()[:-1])
-    return t if aligned and t.stride(-1) == 1 else t.contiguous()
