@@ -13,11 +13,8 @@ def chunk_weights(sizes, decay, document, at, row_at, t, Q: tl.constexpr, RESET:
     """
     size, s = tl.load(sizes + at + t), tl.load(decay + at + t)
     end = tl.load(decay + at + Q - 1)
-    from_start, to_end, whole = (
-        tl.exp2(s.to(tl.float32)),
-        tl.exp2((end - s).to(tl.float32)),
-        tl.exp2(end.to(tl.float32)),
-    )
+    # Of float64 sums, which float32 inputs have, these are rounded once: a GPU's own powers in float32 are not.
+    from_start, to_end, whole = tl.exp2(s).to(tl.float32), tl.exp2(end - s).to(tl.float32), tl.exp2(end).to(tl.float32)
     if RESET:
         number = tl.load(document + row_at + t)
         last = tl.load(document + row_at + Q - 1)

@@ -243,6 +243,7 @@ _backward = define(
     fake=_fake_backward,
     cpu=f"{_MODULE}.cpu:backward",
     cuda=f"{_MODULE}.triton:backward",
+    hopper=f"{_MODULE}.hopper_backward:backward",
 )
 _step = define(
     "mamba3_scan_step(Tensor(a!) angle, Tensor(b!) ssm, Tensor(c!) k, Tensor(d!) v, "
