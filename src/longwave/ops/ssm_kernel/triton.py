@@ -150,7 +150,7 @@ def _vandermonde_kernel(
                 total = _small(x, tl.trans(z), total, PRECISION)
                 total = _small(-y, tl.trans(w), total, PRECISION)
     t = (first + tl.arange(0, BI)[:, None]) * Q + tl.arange(0, Q)[None, :]
-    tl.store(K + row * l + t, total, mask=t < l)
+    tl.store(K + row * l + t, total, mask=t < l, eviction_policy="evict_first")  # the tables are read once more
 
 
 @triton.jit
