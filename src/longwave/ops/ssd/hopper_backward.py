@@ -3,8 +3,11 @@
 The mathematics is that of `triton.py`. `_states_kernel` walks l forwards for the states and backwards for their
 gradients, and stores both at every second chunk only, in the inputs' dtype. `_chunks_kernel` then takes one chunk and
 goes over the heads of a group, so that dB and dC are sums in registers; the state (or gradient) at the chunk's side
-that was not stored is made from the other chunk of the pair. Four groups of warps work side by side: one fetches the
-tiles, one takes the pairs of tokens within the chunk and dx, one dB, and one dC and the state of the next head.
+that was not stored is made from the other chunk of the pair. Groups of warps work side by side, one or two heads apart:
+one fetches the tiles, one takes the pairs of tokens within the chunk, one dB and dx, one dC and the states to be made.
+
+With W_ij the weight of x_j in y_i, the gradient of s_i - s_j is dy_i W_ij x_j. Its sums over j and i are dy_i (W x)_i
+and x_j (W^T dy)_j, where products with the same rounded W meet: what belongs to neither side of a token cancels.
 """
 
 import torch
@@ -662,6 +665,7 @@ def _sizes_backward_kernel(
     blocks = tl.cdiv(h, BH)
     i, head = tl.program_id(0) // blocks, (tl.program_id(0) % blocks) * BH + tl.arange(0, BH)
     row, chunk = (i // chunks).to(tl.int64), i % chunks
+    of_vector = of_vector.to(tl.int64)
     t = tl.arange(0, Q)
     token = chunk * Q + t
     in_h = head < h
