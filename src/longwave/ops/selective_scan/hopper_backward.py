@@ -43,6 +43,7 @@ _STEPS = gl.constexpr(gl.BlockedLayout([4, 1], [1, 32], [1, 4], [1, 0]))  # (tok
 _SMALL = gl.constexpr(gl.BlockedLayout([1, 2], [4, 8], [4, 1], [1, 0]))  # (tokens of a tile, states)
 _SUMS = gl.constexpr(gl.NVMMADistributedLayout([2, 0], [4, 1, 1], [1, 16, 8]))  # (warps, 16, 8 or 16)
 _RAW = gl.constexpr(gl.NVMMASharedLayout(0, 16, 3))
+_STARTS = gl.constexpr(gl.NVMMASharedLayout(0, 32, 3))
 _PLAIN = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
 _SPREAD = gl.constexpr(gl.SwizzledSharedLayout(4, 2, 4, [1, 0]))  # of _CELLS: no bank conflicts
 
@@ -529,7 +530,7 @@ def backward(dy, dfinal, states, x, dt, A, B, C, D, z, dt_bias, initial_state, r
     with device_of(x):
         dy_tiles, x_tiles, dt_tiles, z_tiles = (_tiles(t, _E.value) for t in (dy, x, dt, absent(z, x)))
         B_tiles, C_tiles = _tiles(B, n), _tiles(C, n)
-        starts = TensorDescriptor.from_tensor(states.flatten(0, 1), [1, n, _E.value], gl.NVMMASharedLayout(0, 32, 3))
+        starts = TensorDescriptor.from_tensor(states.flatten(0, 1), [1, n, _E.value], _STARTS.value)
         blocks = triton.cdiv(e, _E.value)
         segments, cuts = segments_of(b * blocks, processors_of(x), l, _SEGMENT), 1
         per_segment = triton.cdiv(l, _T.value) * _T.value
