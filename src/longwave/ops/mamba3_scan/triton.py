@@ -709,7 +709,7 @@ class _Plan:
         bases, BS = self.empty(b, h, self.chunks + 1, self.s), block(self.s, 1)
         phases_kernel[(b * self.chunks * triton.cdiv(h, _HEADS),)](
             dt, self.angles, reset, lengths, phases, turns, l, self.chunks, h, self.s,
-            *dt.stride(), *self.angles.stride()[:2], *reset_strides, **given, T=tokens, BS=BS, BH=_HEADS, num_warps=1,
+            *dt.stride(), *self.angles.stride()[:2], *reset_strides, **given, T=tokens, BS=BS, BH=_HEADS, num_warps=4,
         )  # fmt: skip
         turns_kernel[(b * h,)](
             turns, document, angle.float().contiguous(), bases, self.chunks, h, self.s,
