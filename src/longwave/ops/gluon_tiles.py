@@ -8,7 +8,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-_TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
+_TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.int16: gl.int16}
 
 
 @gluon.jit
@@ -21,14 +21,21 @@ def zero_from(tile, count, ROWS: gl.constexpr, COLUMNS: gl.constexpr):
 
 
 def for_tma(t: Tensor) -> Tensor:
-    """`t`, or a copy where its address or strides are not multiples of 16 bytes."""
-    aligned = t.data_ptr() % 16 == 0 and all(stride * t.element_size() % 16 == 0 for stride in t.stride()[:-1])
-    return t if aligned and t.stride(-1) == 1 else t.contiguous()
+    """`t`, or a copy where its address or strides are not multiples of 16 bytes, or one stands for many."""
+    whole = all(stride > 0 and stride * t.element_size() % 16 == 0 for stride in t.stride()[:-1])
+    if whole and t.data_ptr() % 16 == 0 and t.stride(-1) == 1:
+        return t
+    return t.clone(memory_format=torch.contiguous_format)  # the strides of single rows too
 
 
 def tiles(t: Tensor, tokens: int, columns: int) -> TensorDescriptor:
     """Boxes of some tokens of one head of (b, l, h, p), in a 16-bit type."""
-    return TensorDescriptor.from_tensor(t, [1, tokens, 1, columns], _swizzled(tokens, columns, t.dtype))
+    return swizzled(t, (1, tokens, 1, columns))
+
+
+def swizzled(t: Tensor, block: tuple[int, ...]) -> TensorDescriptor:
+    """Boxes as matrix products take them, in a 16-bit type."""
+    return TensorDescriptor.from_tensor(t, list(block), _swizzled(block, t.dtype))
 
 
 def matrix(t: Tensor, rows: int, columns: int) -> TensorDescriptor:
@@ -37,8 +44,8 @@ def matrix(t: Tensor, rows: int, columns: int) -> TensorDescriptor:
 
 
 @functools.cache  # to make one takes three times as long as all else that a launch asks for
-def _swizzled(tokens: int, columns: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
-    return gl.NVMMASharedLayout.get_default_for([1, tokens, 1, columns], _TYPES[dtype])
+def _swizzled(block: tuple[int, ...], dtype: torch.dtype) -> gl.NVMMASharedLayout:
+    return gl.NVMMASharedLayout.get_default_for(list(block), _TYPES[dtype])
 
 
 @functools.cache

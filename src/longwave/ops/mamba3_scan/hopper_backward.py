@@ -23,6 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from longwave.ops.gluon_math import widen
+from longwave.ops.gluon_tiles import for_tma, matrix, swizzled, tiles, zero_from
 from longwave.ops.mamba3_scan import triton as portable
 from longwave.ops.mamba3_scan.hopper_tiles import (
     OF_BIAS,
@@ -38,22 +39,17 @@ from longwave.ops.mamba3_scan.hopper_tiles import (
     back_of,
     barriers,
     biased,
-    chunks_of,
     circle_of,
     discard,
     expect,
     fetch_angles,
     fetch_tile,
-    for_tma,
     front_of,
-    lines_of,
     pairs_of,
     scattered,
-    tiles_of,
     turned_by,
     vectors_of,
     wait_for,
-    zero_from,
 )
 from longwave.ops.mamba3_scan.reference import rotated
 from longwave.ops.triton_math import device_of
@@ -192,9 +188,9 @@ def _states_kernel(
             gl.store(total + bh * chunks + chunk, gl.sum(gl.sum(ended * rounded, 1), 0))
         if LENGTHS:
             if start + Q > end:
-                zero_from(u_tile, end - start, N)
+                zero_from(u_tile, end - start, Q, N)
                 if not GATE:
-                    zero_from(v_tile, end - start, Q)
+                    zero_from(v_tile, end - start, Q, Q)
         number = t_pair
         if RESET:
             number = gl.load(document + row_at + start + t_pair)
@@ -319,16 +315,16 @@ def _of_values(
     mbarrier.wait(once, 0)
     if LENGTHS:
         if start + Q > end:
-            zero_from(B_tile, end - start, N)
-            zero_from(C_tile, end - start, N)
+            zero_from(B_tile, end - start, Q, N)
+            zero_from(C_tile, end - start, Q, N)
     for k in range(h_per_program):
         at = bh.to(gl.int64) * chunks * Q + start
         s_end = gl.load(decay + at + Q - 1)
         wait_for(bars, 8 if BIAS else 6, k & 1)
         if LENGTHS:
             if start + Q > end:
-                zero_from(x_tile, end - start, Q)
-                zero_from(dy_tile, end - start, Q)
+                zero_from(x_tile, end - start, Q, Q)
+                zero_from(dy_tile, end - start, Q, Q)
         circle = circle_of(phase, base, number, RESET)
         k_tile.store(turned_by(biased(B_tile, first_row, BIAS), circle, False).to(dtype))
         q_tile.store(turned_by(biased(C_tile, second_row, BIAS), circle, False).to(dtype))
@@ -449,8 +445,8 @@ def _of_rotated(
     mbarrier.wait(once, 0)
     if LENGTHS:
         if start + Q > end:
-            zero_from(u_tile, end - start, N)
-            zero_from(other_tile, end - start, N)
+            zero_from(u_tile, end - start, Q, N)
+            zero_from(other_tile, end - start, Q, N)
     rate_tile = gl.allocate_shared_memory(gl.float32, [Q, TURNED], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
     rate_tile.store(gl.load(rates + t_turn[:, None] * stride_rl + i_s[None, :], mask=in_turn, other=0.0).to(gl.float32))
     total = gl.zeros([Q, N], gl.float32, SUM)
@@ -462,8 +458,8 @@ def _of_rotated(
         wait_for(bars, 8 if BIAS else 6, k & 1)
         if LENGTHS:
             if start + Q > end:
-                zero_from(x_tile, end - start, Q)
-                zero_from(dy_tile, end - start, Q)
+                zero_from(x_tile, end - start, Q, Q)
+                zero_from(dy_tile, end - start, Q, Q)
         circle = circle_of(phase, base, number, RESET)
         turned.store(turned_by(biased(other_tile, second_row, BIAS), circle, False).to(dtype))
         own, size, s = vector.index(0).reshape([Q]), vector.index(1).reshape([Q]), vector.index(2).reshape([Q])
@@ -672,30 +668,31 @@ def backward(
         x, B, C = for_tma(x), for_tma(B.squeeze(2)), for_tma(C.squeeze(2))
         states = torch.empty(b * h * (chunks + 1) * p, n, dtype=x.dtype, device=x.device)
         dstates = torch.empty(b * h * chunks * p, n, dtype=x.dtype, device=x.device)
-        read = (tiles_of(phases.flatten(0, 2), 32), vectors_of(plan.vectors))
+        read = (swizzled(phases.flatten(0, 2), (64, 32)), vectors_of(plan.vectors))
         flags = {"RESET": reset is not None, "LENGTHS": lengths is not None}
         begin = (ssm.float().contiguous(), plan.rule.early(first=True).contiguous(), k.contiguous(), v.contiguous())
-        tiles, stored, dstored = chunks_of(x), tiles_of(states, 128), tiles_of(dstates, 128)
+        x_tiles, B_tiles, C_tiles, dy_tiles = (tiles(t, 64, t.shape[-1]) for t in (x, B, C, dy))
+        stored, dstored = swizzled(states, (64, 128)), swizzled(dstates, (64, 128))
         common = (l, chunks, h, h // g, s)
-        base_rows = lines_of(bases.flatten(0, 2), 32)
-        biases = [None if t is None else lines_of(t.float().flatten(0, 1), n) for t in (plan.B_bias, plan.C_bias)]
+        base_rows = matrix(bases.flatten(0, 2), 1, 32)
+        biases = [
+            None if t is None else matrix(for_tma(t.float().flatten(0, 1)), 1, n) for t in (plan.B_bias, plan.C_bias)
+        ]
         _states_kernel[(b * h,)](
-            chunks_of(B, 128), tiles, tiles, tiles, stored, tiles, tiles, stored, *read,
+            B_tiles, x_tiles, x_tiles, x_tiles, stored, x_tiles, x_tiles, stored, *read,
             biases[0], base_rows, decay, document, lengths, None, *begin, *(None,) * 7, *common,
             REVERSE=False, GATE=False, BIAS=B_bias is not None, **flags, num_warps=WARPS,
         )  # fmt: skip
-        gated, dz, gates, given = dy, None, (tiles, tiles), (tiles, tiles)
+        gated, dz, gates, given = dy_tiles, None, (x_tiles, x_tiles), (x_tiles, x_tiles)
         if z is not None:
-            gated, dz = (torch.empty(b, l, h, p, dtype=x.dtype, device=x.device) for _ in range(2))
-            gates, given = (
-                (chunks_of(for_tma(z)), chunks_of(for_tma(ungated.squeeze(2)))),
-                (chunks_of(gated), chunks_of(dz)),
-            )
+            kept, dz = (torch.empty(b, l, h, p, dtype=x.dtype, device=x.device) for _ in range(2))
+            gates = tuple(tiles(for_tma(t), 64, p) for t in (z, ungated.squeeze(2)))
+            gated, _ = given = tiles(kept, 64, p), tiles(dz, 64, p)
         total, crossed = plan.empty(b, h, chunks), plan.empty(b, h, chunks, s)
         dentry, dfirst, turned_first = plan.state(), plan.empty(b, h), plan.empty(b, h, s)
         dk_first, dv_first = plan.empty(b, 1, h, n), plan.empty(b, h, p)
         _states_kernel[(b * h,)](
-            chunks_of(C, 128), chunks_of(dy), *gates, stored, *given, dstored, *read,
+            C_tiles, dy_tiles, *gates, stored, *given, dstored, *read,
             biases[1], base_rows, decay, document, lengths, dssm.float().contiguous(), *begin,
             total, crossed, dentry, dfirst, dk_first, dv_first, turned_first, *common,
             REVERSE=True, GATE=z is not None, BIAS=C_bias is not None, **flags, num_warps=WARPS,
@@ -714,7 +711,7 @@ def backward(
         dangles = plan.empty(b, l, 2 * g * splits, s)
         for job in ("dx", "dB", "dC"):
             _chunks_kernel[(b * chunks * g * splits,)](
-                chunks_of(x), chunks_of(gated), chunks_of(B, 128), chunks_of(C, 128), stored, dstored, *read, decay,
+                x_tiles, gated, B_tiles, C_tiles, stored, dstored, *read, decay,
                 *biases, plan.D, base_rows, document, lengths, plan.angles, dt, later,
                 *sums, dangles, dx, dB, dC, dB_bias, dC_bias, dD,
                 l, chunks, h, g, h // g, h // g // splits, splits, s, *plan.angles.stride()[:2], *dt.stride(),

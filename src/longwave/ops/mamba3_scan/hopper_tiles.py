@@ -4,7 +4,6 @@ Adjacent channels are the pairs, and so lie in one thread's registers; the first
 may turn. See `triton_rotation` for the angles in memory.
 """
 
-import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -122,14 +121,6 @@ def back_of(tile, bias, BIAS: gl.constexpr):
 
 
 @gluon.jit
-def zero_from(tile, count, COLUMNS: gl.constexpr):
-    """Zero the rows of a tile in shared memory from `count` on: what is there may be NaN."""
-    t = gl.arange(0, Q, layout=gl.SliceLayout(1, WIDE))
-    value = tile.load(WIDE)
-    tile.store(gl.where((t < count)[:, None], value, gl.zeros([Q, COLUMNS], value.dtype, WIDE)))
-
-
-@gluon.jit
 def barriers():
     """One for each copy: the compiler puts a barrier of threads between two that share one."""
     bars = (
@@ -183,33 +174,6 @@ def fetch_angles(phases, bases, vectors, phase, base, vector, bars, chunk, bh, c
     tma.async_copy_global_to_shared(vectors, [0, bh, chunk * Q], bars[2], vector, pred=pred)
 
 
-def for_tma(t: Tensor) -> Tensor:
-    """`t`, or a copy where its address or strides are not multiples of 16 bytes."""
-    aligned = t.data_ptr() % 16 == 0 and all(stride * t.element_size() % 16 == 0 for stride in t.stride()[:-1])
-    return t if aligned and t.stride(-1) == 1 and min(t.stride()) > 0 else t.contiguous()
-
-
-_GLUON = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.int16: gl.int16}
-
-
-def chunks_of(t: Tensor, columns: int = 64) -> TensorDescriptor:
-    """A chunk of (b, l, h, p)."""
-    return _descriptor(t, [1, 64, 1, columns])
-
-
-def tiles_of(t: Tensor, columns: int) -> TensorDescriptor:
-    return _descriptor(t, [64, columns])
-
-
-def lines_of(t: Tensor, columns: int) -> TensorDescriptor:
-    """A row of float32."""
-    return TensorDescriptor.from_tensor(t, [1, columns], gl.NVMMASharedLayout(0, 32, 2))
-
-
 def vectors_of(t: Tensor) -> TensorDescriptor:
     """A chunk of three vectors (3, b, h, tokens) in float32, and nothing for a fourth: sizes are powers of two."""
     return TensorDescriptor.from_tensor(t.flatten(1, 2), [4, 1, 64], gl.NVMMASharedLayout(0, 32, 3))
-
-
-def _descriptor(t: Tensor, shape: list[int]) -> TensorDescriptor:
-    return TensorDescriptor.from_tensor(t, shape, gl.NVMMASharedLayout.get_default_for(shape, _GLUON[t.dtype]))

@@ -23,6 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, mma_v2, t
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from longwave.ops.gluon_math import sigmoid, softplus
+from longwave.ops.gluon_tiles import for_tma
 from longwave.ops.selective_scan import triton as portable
 from longwave.ops.triton_math import absent, device_of, processors_of
 from longwave.ops.triton_segments import pass_states, segments_of
@@ -571,8 +572,5 @@ def backward(dy, dfinal, states, x, dt, A, B, C, D, z, dt_bias, initial_state, r
 
 
 def _tiles(t: Tensor, columns: int) -> TensorDescriptor:
-    """Boxes of one tile of (b, l, columns); of a copy where address or strides are not multiples of 16 bytes."""
-    whole = all(stride > 0 and stride * t.element_size() % 16 == 0 for stride in t.stride()[:-1])
-    if t.data_ptr() % 16 or not whole or t.stride(-1) != 1:
-        t = t.clone(memory_format=torch.contiguous_format)
-    return TensorDescriptor.from_tensor(t, [1, _T.value, columns], _RAW.value)
+    """Boxes of one tile of (b, l, columns)."""
+    return TensorDescriptor.from_tensor(for_tma(t), [1, _T.value, columns], _RAW.value)
