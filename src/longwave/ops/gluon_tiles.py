@@ -20,6 +20,23 @@ def zero_from(tile, count, ROWS: gl.constexpr, COLUMNS: gl.constexpr):
     tile.store(gl.where((t < count)[:, None], value, gl.zeros([ROWS, COLUMNS], value.dtype, layout)))
 
 
+@gluon.jit
+def walk_of(h, h_per_g, segments, per_segment, chunks, l, lengths, BLOCKS: gl.constexpr, LENGTHS: gl.constexpr):
+    """What the program walks: one of BLOCKS parts of a head's channels through one segment's chunks, [first, stop).
+
+    Returns (block, b h + head, segment, row, head, group, first, stop, the row's length).
+    """
+    program = gl.program_id(0).to(gl.int64)
+    block = (program % BLOCKS).to(gl.int32)
+    bh, segment = program // BLOCKS // segments, (program // BLOCKS % segments).to(gl.int32)
+    row, head = (bh // h).to(gl.int32), (bh % h).to(gl.int32)
+    first = segment * per_segment
+    end = l
+    if LENGTHS:
+        end = gl.load(lengths + row).to(gl.int32)
+    return block, bh, segment, row, head, head // h_per_g, first, gl.minimum(first + per_segment, chunks), end
+
+
 def for_tma(t: Tensor) -> Tensor:
     """`t`, or a copy where its address or strides are not multiples of 16 bytes, or one stands for many."""
     whole = all(stride > 0 and stride * t.element_size() % 16 == 0 for stride in t.stride()[:-1])

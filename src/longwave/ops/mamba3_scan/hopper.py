@@ -20,7 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from longwave.ops.gluon_math import exp2, silu, widen
-from longwave.ops.gluon_tiles import for_tma, matrix, tiles, zero_from
+from longwave.ops.gluon_tiles import for_tma, matrix, tiles, walk_of, zero_from
 from longwave.ops.mamba3_scan import triton as portable
 from longwave.ops.triton_math import LOG2E, block, device_of, processors_of
 from longwave.ops.triton_rotation import rotated_row, turns_kernel
@@ -238,17 +238,10 @@ def _forward_kernel(
     PANELS: gl.constexpr = N // Q
     TURNED: gl.constexpr = (2 * S + Q - 1) // Q  # panels in which channels turn
 
-    blocks: gl.constexpr = P // Q
-    program = gl.program_id(0).to(gl.int64)
-    column = (program % blocks).to(gl.int32) * Q
-    bh, segment = program // blocks // segments, (program // blocks % segments).to(gl.int32)
-    row, head = (bh // h).to(gl.int32), (bh % h).to(gl.int32)
-    group = head // h_per_g
-    first = segment * per_segment
-    stop = gl.minimum(first + per_segment, chunks)
-    end = l
-    if LENGTHS:
-        end = gl.load(lengths + row).to(gl.int32)
+    block, bh, segment, row, head, group, first, stop, end = walk_of(
+        h, h_per_g, segments, per_segment, chunks, l, lengths, P // Q, LENGTHS
+    )
+    column = block * Q
 
     x_tiles = gl.allocate_shared_memory(dtype, [2, 1, Q, 1, Q], x.layout)
     B_tiles = gl.allocate_shared_memory(dtype, [2, 1, Q, 1, N], B.layout)

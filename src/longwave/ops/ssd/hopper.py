@@ -22,7 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.language.core import _aggregate as aggregate
 
 from longwave.ops.gluon_math import exp2, widen
-from longwave.ops.gluon_tiles import for_tma, matrix, tiles, zero_from
+from longwave.ops.gluon_tiles import for_tma, matrix, tiles, walk_of, zero_from
 from longwave.ops.ssd import triton as portable
 from longwave.ops.triton_math import LOG2E, block, device_of, processors_of, step_size
 from longwave.ops.triton_segments import segments_of
@@ -264,21 +264,14 @@ def _forward_kernel(
     segments, p, n) and `totals` (b, h, segments), from which each segment then makes the state that it begins with.
     """
     dtype: gl.constexpr = x.dtype
-    blocks: gl.constexpr = P // BP
     WALKERS: gl.constexpr = 2 if OUTPUT else 1
     taken = segments
     if not OUTPUT:
         taken = segments - 1
-    program = gl.program_id(0).to(gl.int64)
-    column = (program % blocks).to(gl.int32) * BP
-    bh, segment = program // blocks // taken, (program // blocks % taken).to(gl.int32)
-    row, head = (bh // h).to(gl.int32), (bh % h).to(gl.int32)
-    group = head // h_per_g
-    first = segment * per_segment
-    stop = gl.minimum(first + per_segment, chunks)
-    end = l
-    if LENGTHS:
-        end = gl.load(lengths + row).to(gl.int32)
+    block, bh, segment, row, head, group, first, stop, end = walk_of(
+        h, h_per_g, taken, per_segment, chunks, l, lengths, P // BP, LENGTHS
+    )
+    column = block * BP
     if RESET:
         document += row.to(gl.int64) * chunks * Q
     bar: gl.constexpr = mbarrier.MBarrierLayout()
