@@ -22,7 +22,7 @@ def step_size(dt, SOFTPLUS: tl.constexpr):
         above = 1.0 + u
         size = tl.where(above == 1.0, u, tl.log(above) * (u / tl.maximum(above - 1.0, 1e-30)))
         return tl.where(dt > 20.0, dt, size), tl.where(dt > 20.0, 1.0, u / above)
-    return dt, tl.full(dt.shape, 1.0, tl.float32)
+    return dt, tl.full(dt.shape, 1.0, dt.dtype)
 
 
 @triton.jit
